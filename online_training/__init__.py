@@ -1,0 +1,1 @@
+"""Drafter training from traces, offline and online."""

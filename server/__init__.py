@@ -1,0 +1,1 @@
+"""OpenAI-compatible serving and the sidecar."""

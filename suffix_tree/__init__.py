@@ -1,0 +1,1 @@
+"""Online indexes over integer tokens in numba on flat arrays; no torch in here."""

@@ -1,0 +1,1 @@
+"""Verification rules: what of a tree the target would have produced itself."""

@@ -1,0 +1,38 @@
+"""What every test gets: one thread, no network, reproducible Hypothesis, and a reason when there is no GPU."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import hypothesis
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Set before anything imports torch, numba or transformers, and inherited by the processes that tests start.
+# The models are tiny: one thread is fastest, and xdist has one worker per core already.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # tests assert on what specdec says
+
+# `ci` finds the same examples on every machine, however slow; `HYPOTHESIS_PROFILE=explore` looks for new ones.
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
+    """Skip GPU tests where there is no GPU; torch is imported only if such a test was asked for."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items or "gpu" not in str(config.getoption("-m")).replace("not gpu", ""):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))

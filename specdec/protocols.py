@@ -79,7 +79,13 @@ class TargetModel(Protocol):
     max_draft_tokens: int  # most draft tokens of one request's step; 0: plain decoding only
 
     def reserve(self, state: RequestState, num_tokens: int) -> bool:
-        """Make room for the next ``num_tokens`` query tokens of a request, or change nothing and return False."""
+        """Make room for ``num_tokens`` more query tokens of a request's next chunk, or change nothing: False.
+
+        May be called several times before a forward; the room adds up.
+        """
+
+    def has_room(self, num_tokens: int) -> bool:
+        """True if ``num_tokens`` more tokens could be reserved now; a hint for admission."""
 
     def fits(self, num_tokens: int) -> bool:
         """True if one request of ``num_tokens`` tokens, alone, can ever be held."""

@@ -288,6 +288,24 @@ class DraftTree:
         """True if no node has two children."""
         return bool((self.parents == np.arange(-1, len(self) - 1)).all())
 
+    def to_chain(self) -> DraftTree:
+        """The chain from the root that follows the best-valued child (the first one without values)."""
+        if self.is_chain:
+            return self
+        best: dict[int, int] = {}
+        for node in range(1, len(self)):
+            parent = int(self.parents[node])
+            rival = best.get(parent)
+            if rival is None or (self.values is not None and self.values[node] > self.values[rival]):
+                best[parent] = node
+        nodes = [0]
+        while nodes[-1] in best:
+            nodes.append(best[nodes[-1]])
+        values = None if self.values is None else self.values[nodes]
+        sources = None if self.sources is None else self.sources[nodes]
+        probs = None if self.draft_probs is None else self.draft_probs[nodes]
+        return DraftTree(self.token_ids[nodes], np.arange(-1, len(nodes) - 1, dtype=np.int32), values, sources, probs)
+
     def check(self, vocab_size: int) -> None:
         """Raise ``ValueError`` unless every rule of the class docstring holds. For tests and for foreign drafters."""
         if len(self) < 1 or self.parents.shape != self.token_ids.shape or self.parents[0] != -1:

@@ -1,0 +1,39 @@
+"""Options of an engine: each with its unit, its rule and the reason for its default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from specdec.errors import ConfigError
+
+__all__ = ["EngineConfig"]
+
+
+class EngineConfig(BaseModel):
+    """How much an engine takes on at a time.
+
+    Raises:
+        ConfigError: through ``EngineConfig.of``: one line per field that breaks its rule.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_batch_size: int = Field(default=16, ge=1, description="most requests decoded in one step")
+    max_prefill_tokens: int = Field(
+        default=512, ge=1, description="most prompt tokens per step: a longer prompt is cut, so that others go on"
+    )
+    max_length: int | None = Field(default=None, ge=2, description="most tokens of one request; None: the model's own")
+    kv_tokens: int | None = Field(
+        default=None, ge=2, description="tokens that the KV pool holds over all requests; None: from free memory"
+    )
+
+    @classmethod
+    def of(cls, **options: Any) -> EngineConfig:
+        """Validate ``options``; every broken rule becomes one line of one ``ConfigError``."""
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            lines = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in error.errors())
+            raise ConfigError("; ".join(lines)) from None

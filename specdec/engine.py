@@ -1,0 +1,288 @@
+"""The loop: plan, propose, forward, verify, commit, observe. One step serves every running request once.
+
+The engine knows contracts only; ``specdec.build`` puts concrete parts together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from specdec.config import EngineConfig
+from specdec.errors import InternalError, RequestError, UnsupportedError
+from specdec.protocols import Controller, Drafter, Observer, TargetModel, Verifier
+from specdec.scheduler import Part, Scheduler
+from specdec.stopping import StopChecker
+from specdec.types import (
+    Chunk,
+    DraftTree,
+    FinishReason,
+    IntArray,
+    Request,
+    RequestOutput,
+    RequestState,
+    StepEvent,
+    StepTrace,
+    TargetOutput,
+    VerifyResult,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Decodes many requests with one target, the same tokens whatever drafter and controller guess.
+
+    Not thread-safe: one thread owns an engine.
+
+    Args:
+        target: the model; it owns the KV.
+        verifier: decides what the target would have produced.
+        drafter: guesses.
+        controller: decides how much is guessed.
+        tokenizer: for stop strings only.
+        config: limits.
+        observers: see every step.
+
+    Raises:
+        UnsupportedError: the drafter needs what this target or verifier does not give.
+    """
+
+    def __init__(
+        self,
+        target: TargetModel,
+        verifier: Verifier,
+        drafter: Drafter,
+        controller: Controller,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        config: EngineConfig | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        if drafter.needs.hidden_layers:
+            raise UnsupportedError(f"{type(drafter).__name__} reads hidden states, which this target does not give")
+        self.target = target
+        self.verifier = verifier
+        self.drafter = drafter
+        self.controller = controller
+        self.tokenizer = tokenizer
+        self.observers = list(observers)
+        self.scheduler = Scheduler(target, config or EngineConfig())
+        self._states: dict[str, RequestState] = {}
+        self._stops: dict[str, StopChecker] = {}
+        self._outbox: list[RequestOutput] = []
+
+    @property
+    def has_work(self) -> bool:
+        """True while a step could bring something: a request is live or an output waits."""
+        return bool(self._states or self._outbox)
+
+    def submit(self, request: Request) -> RequestState:
+        """Queue a request; it takes part from the next step that has room for it.
+
+        Raises:
+            RequestError: the request breaks a rule; nothing was kept.
+        """
+        self._check(request)
+        state = RequestState(request)
+        stop = StopChecker(
+            request.sampling,
+            num_prompt_tokens=state.num_prompt_tokens,
+            max_length=self.target.max_length,
+            tokenizer=self.tokenizer,
+        )
+        self.verifier.start(state)
+        self.drafter.start([state])
+        self._states[request.request_id] = state
+        self._stops[request.request_id] = stop
+        self.scheduler.add(state)
+        return state
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request now; its last output comes with the next step. False if it is not live."""
+        state = self._states.get(request_id)
+        if state is None:
+            return False
+        self._finish(state, "cancelled")
+        self._outbox.append(RequestOutput(request_id, [], "cancelled", state))
+        return True
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[RequestOutput]:
+        """Submit ``requests`` and stream their tokens until all are done; closing the iterator cancels the rest."""
+        open_ids = set()
+        try:
+            for request in requests:
+                self.submit(request)
+                open_ids.add(request.request_id)
+            while open_ids:
+                for output in self.step():
+                    if output.request_id in open_ids:
+                        if output.finish_reason is not None:
+                            open_ids.discard(output.request_id)
+                        yield output
+        finally:
+            for request_id in open_ids:
+                self.cancel(request_id)
+
+    def step(self) -> list[RequestOutput]:
+        """Serve every running request once; the new tokens.
+
+        An exception of a user's processor, criterion or observer passes through; requests of the step keep their
+        tokens, lose their KV, and go on with the next step unless they are cancelled.
+        """
+        outputs, self._outbox = self._outbox, []
+        self.scheduler.admit()
+        parts = self.scheduler.plan()
+        if not parts:
+            return outputs
+        try:
+            self._run(parts, outputs)
+        except BaseException:
+            for part in parts:
+                self.scheduler.reset(part.state)
+            self._outbox = outputs + self._outbox
+            raise
+        return outputs
+
+    def _run(self, parts: Sequence[Part], outputs: list[RequestOutput]) -> None:
+        times = [perf_counter()]
+        trees = self._propose(parts)
+        times.append(perf_counter())
+        chunks = self.scheduler.reserve(parts, trees)
+        if not chunks:
+            return
+        output = self.target.forward(chunks)
+        times.append(perf_counter())
+        decoding = [chunk for chunk in chunks if chunk.tree is not None]
+        results = self._verify(decoding, output)
+        times.append(perf_counter())
+        emitted, reasons = self._commit(chunks, decoding, results)
+        times.append(perf_counter())
+        outputs.extend(
+            RequestOutput(chunk.state.request_id, ids.tolist(), reason, chunk.state)
+            for chunk, ids, reason in zip(decoding, emitted, reasons, strict=True)
+        )
+        events = _events(decoding, output, results, emitted, times)
+        try:
+            for observer in (self.controller, self.drafter, *self.observers):
+                observer.observe(events)
+        finally:
+            for chunk, reason in zip(decoding, reasons, strict=True):
+                if reason is not None:
+                    self._finish(chunk.state, reason)
+
+    def _propose(self, parts: Sequence[Part]) -> dict[str, DraftTree]:
+        states = [part.state for part in parts if part.decodes]
+        if not states:
+            return {}
+        budgets = self.controller.plan(states, self.scheduler.load(parts))
+        # The last token that may come is never drafted: it would be the bonus token in any case.
+        limits = [
+            min(b, self.target.max_draft_tokens, self._num_left(s) - 1) for b, s in zip(budgets, states, strict=True)
+        ]
+        trees = self.drafter.propose(states, limits)
+        for index, (tree, limit) in enumerate(zip(trees, limits, strict=True)):
+            if tree.num_draft_tokens > limit:
+                raise InternalError(
+                    f"the drafter was allowed {limit} draft tokens and proposed {tree.num_draft_tokens}"
+                )
+            if not self.target.supports_trees:
+                trees[index] = tree.to_chain()
+        return {state.request_id: tree for state, tree in zip(states, trees, strict=True)}
+
+    def _num_left(self, state: RequestState) -> int:
+        by_request = state.request.sampling.max_new_tokens - state.num_output_tokens
+        return min(by_request, self.target.max_length - state.num_tokens)
+
+    def _verify(self, decoding: Sequence[Chunk], output: TargetOutput) -> list[VerifyResult]:
+        if not decoding:
+            return []
+        states = [chunk.state for chunk in decoding]
+        trees = [chunk.tree for chunk in decoding if chunk.tree is not None]
+        return self.verifier.verify(states, trees, output)
+
+    def _commit(
+        self, chunks: Sequence[Chunk], decoding: Sequence[Chunk], results: Sequence[VerifyResult]
+    ) -> tuple[list[IntArray], list[FinishReason | None]]:
+        """Cut each result at its first stop, keep the KV of what stays, append the tokens."""
+        keep: dict[str, list[int]] = {}
+        emitted: list[IntArray] = []
+        reasons: list[FinishReason | None] = []
+        for chunk, result in zip(decoding, results, strict=True):
+            new_ids = np.append(result.accepted_ids, np.int32(result.bonus_id))
+            count, reason = self._stops[chunk.state.request_id].cut(chunk.state.token_ids, new_ids)
+            emitted.append(new_ids[:count])
+            reasons.append(reason)
+            # The last emitted token is the next root: its KV is not kept, also where it was a draft token.
+            keep[chunk.state.request_id] = [0, *result.accepted_nodes[: count - 1].tolist()]
+        self.target.commit(chunks, [keep.get(chunk.state.request_id, []) for chunk in chunks])
+        for chunk in chunks:
+            kept = keep.get(chunk.state.request_id, [])
+            chunk.state.num_cached += len(chunk.prefix_ids) + len(kept)
+        for chunk, result, ids in zip(decoding, results, emitted, strict=True):
+            self.verifier.commit(chunk.state, ids)  # type: ignore[arg-type]
+            chunk.state.append(ids)
+            chunk.state.num_steps += 1
+            chunk.state.num_drafted += chunk.tree.num_draft_tokens if chunk.tree is not None else 0
+            chunk.state.num_accepted += min(result.num_accepted, len(ids))
+        return emitted, reasons
+
+    def _finish(self, state: RequestState, reason: FinishReason) -> None:
+        state.finish_reason = reason
+        self.scheduler.remove(state)
+        self.verifier.stop([state.request_id])
+        self.drafter.stop([state.request_id])
+        del self._states[state.request_id], self._stops[state.request_id]
+
+    def _check(self, request: Request) -> None:
+        ids, vocab_size = request.prompt_ids, self.target.vocab_size
+        if request.request_id in self._states:
+            raise RequestError(f"request_id must be unique among live requests, got {request.request_id!r} again")
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            bad = int(ids[(ids < 0) | (ids >= vocab_size)][0])
+            raise RequestError(f"prompt token ids must be in [0, {vocab_size}), got {bad}")
+        if len(ids) >= self.target.max_length:
+            raise RequestError(
+                f"the prompt must be shorter than the context of {self.target.max_length} tokens, got {len(ids)}"
+            )
+        needed = min(len(ids) + request.sampling.max_new_tokens, self.target.max_length)
+        if not self.target.fits(needed):
+            raise RequestError(
+                f"one request must fit the KV pool, but this one may need {needed} tokens: raise kv_tokens"
+            )
+
+
+def _events(
+    decoding: Sequence[Chunk],
+    output: TargetOutput,
+    results: Sequence[VerifyResult],
+    emitted: Sequence[IntArray],
+    times: Sequence[float],
+) -> list[StepEvent]:
+    draft_ms, target_ms, verify_ms, commit_ms = (1e3 * (b - a) for a, b in zip(times, times[1:], strict=False))
+    events: list[StepEvent] = []
+    for row, (chunk, result, ids) in enumerate(zip(decoding, results, emitted, strict=True)):
+        state, tree = chunk.state, chunk.tree
+        if tree is None:
+            raise InternalError("a chunk without a tree was verified")
+        trace = StepTrace(
+            request_id=state.request_id,
+            step=state.num_steps,
+            position=state.num_tokens - len(ids),
+            num_draft_tokens=tree.num_draft_tokens,
+            num_accepted=result.num_accepted,
+            num_emitted=len(ids),
+            batch_size=len(decoding),
+            draft_ms=draft_ms,
+            target_ms=target_ms,
+            verify_ms=verify_ms,
+            commit_ms=commit_ms,
+        )
+        events.append(StepEvent(state, tree, result, output, row, ids, trace))
+    return events

@@ -169,9 +169,13 @@ def test_the_implementation_is_restored_everywhere_even_after_an_error():
     model.config.vision_config._attn_implementation = "eager"
     before = [c._attn_implementation for c in (model.config, model.config.text_config, model.config.vision_config)]
     assert before == ["sdpa", "sdpa", "eager"]
-    with pytest.raises(ZeroDivisionError), attention_implementation(model, "specdec_probe"):  # noqa: PT012  -- the block is the point
-        assert model.config.text_config._attn_implementation == "specdec_probe"
-        raise ZeroDivisionError
+
+    def fail_inside():
+        with attention_implementation(model, "specdec_probe"):
+            assert model.config.text_config._attn_implementation == "specdec_probe"
+            raise ZeroDivisionError
+
+    pytest.raises(ZeroDivisionError, fail_inside)
     assert len(probe(model)) == 3
     after = [c._attn_implementation for c in (model.config, model.config.text_config, model.config.vision_config)]
     assert after == before

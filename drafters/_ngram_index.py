@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from specdec.types import FloatArray, IntArray
+from specdec.tree import FloatArray, IntArray
 
 __all__ = ["MAX_MATCH", "NUM_RANKS", "count_outcomes", "extend", "find_copies", "grow_tree"]
 

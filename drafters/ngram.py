@@ -25,7 +25,8 @@ import numpy.typing as npt
 from specdec.drafters._ngram_index import MAX_MATCH, NUM_RANKS, count_outcomes, extend, find_copies, grow_tree
 from specdec.errors import ConfigError, InternalError
 from specdec.protocols import DrafterNeeds
-from specdec.types import DraftTree, FloatArray, IntArray, RequestState, StepEvent
+from specdec.tree import FloatArray
+from specdec.types import DraftTree, IntArray, RequestState, StepEvent
 
 __all__ = ["NgramDrafter"]
 

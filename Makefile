@@ -58,7 +58,7 @@ format: $(DEV_READY)  ## let ruff format and fix what it can
 	$(PY) -m ruff check --fix .
 
 docs: $(DEV_READY)  ## write docs/help.md from the commands' --help
-	$(PY) tests/test_help.py
+	$(PY) -m tests.test_help
 
 bench: $(RUN_READY)  ## run one benchmark: make bench NAME=engine_overhead ARGS="..."
 	@test -n "$(NAME)" || { echo 'make bench needs a NAME: one of' $(BENCHES); exit 2; }

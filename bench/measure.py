@@ -1,4 +1,4 @@
-"""How every benchmark measures: arms interleaved in one process, medians, and where it ran written beside the figures."""
+"""How every benchmark measures: arms interleaved in one process, medians, and the place written beside the figures."""
 
 from __future__ import annotations
 

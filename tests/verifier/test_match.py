@@ -11,29 +11,10 @@ from hypothesis import strategies as st
 
 from specdec.errors import InternalError
 from specdec.protocols import Verifier
+from specdec.toy import ScriptedSampler
 from specdec.types import DraftTree, IntArray, Request, RequestState, TargetOutput
 from specdec.verifier.match import MatchVerifier, match_walk
 from tests.oracles import match_path, random_tree
-
-
-class ScriptedSampler:
-    """Gives the scripted tokens, and writes down what it is told."""
-
-    def __init__(self, script: Sequence[int]) -> None:
-        self.script = np.array(script, dtype=np.int32)
-        self.calls: list[tuple[str, object]] = []
-
-    def start(self, state: RequestState) -> None:
-        self.calls.append(("start", state.request_id))
-
-    def target_ids(self, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput) -> IntArray:
-        return self.script
-
-    def commit(self, state: RequestState, emitted_ids: Sequence[int]) -> None:
-        self.calls.append(("commit", (state.request_id, list(emitted_ids))))
-
-    def stop(self, request_ids: Sequence[str]) -> None:
-        self.calls.append(("stop", list(request_ids)))
 
 
 def ids(*values: int) -> IntArray:
@@ -48,7 +29,7 @@ def output_for(trees: Sequence[DraftTree]) -> TargetOutput:
 
 def verify(trees: Sequence[DraftTree], script: Sequence[int]) -> list[tuple[list[int], list[int], int]]:
     states = [RequestState(Request(f"r{i}", ids(0))) for i in range(len(trees))]
-    results = MatchVerifier(ScriptedSampler(script)).verify(states, trees, output_for(trees))
+    results = MatchVerifier(ScriptedSampler([script])).verify(states, trees, output_for(trees))
     return [(r.accepted_nodes.tolist(), r.accepted_ids.tolist(), r.bonus_id) for r in results]
 
 

@@ -228,20 +228,22 @@ class StepAttention:
         kind, size = group.key
         if kind == "full":
             return ancestors
-        context = np.arange(first, layout.num_cached)
+        context = np.arange(first, layout.num_cached, dtype=np.int32)
         position = layout.num_cached + layout.depths
         key_position = np.concatenate((context, position))
         see = np.concatenate((np.ones((len(position), len(context)), np.bool_), ancestors), axis=1)
         if kind == "sliding":
-            return see & (key_position > position[:, None] - size)
-        return see & (key_position // size == position[:, None] // size)
+            see &= key_position > position[:, None] - size
+        else:
+            see &= key_position // size == position[:, None] // size
+        return see
 
 
 def _attend_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: _Keys, scale: float) -> torch.Tensor:
     """[Hkv, G, T, Dv] from q [Hkv, G, T, Dk], k [Hkv, n, Dk], v [Hkv, n, Dv]."""
     if where.packed:  # the heads of one KV group become rows of one matrix product
         out = scaled_dot_product_attention(q.flatten(1, 2)[None], k[None], v[None], attn_mask=where.mask, scale=scale)
-        return out[0].unflatten(1, q.shape[1:3])
+        return out[0].reshape(*q.shape[:3], -1)
     per_kv = q.shape[1]
     k, v = (x[:, None].expand(-1, per_kv, -1, -1) for x in (k, v))
     return scaled_dot_product_attention(q, k, v, attn_mask=where.mask, scale=scale)

@@ -170,7 +170,8 @@ class Engine:
         )
         events = _events(decoding, output, results, emitted, times)
         try:
-            for observer in (self.controller, self.drafter, *self.observers):
+            observers: tuple[Controller | Drafter | Observer, ...] = (self.controller, self.drafter, *self.observers)
+            for observer in observers:
                 observer.observe(events)
         finally:
             for chunk, reason in zip(decoding, reasons, strict=True):

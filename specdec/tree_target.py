@@ -9,9 +9,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from specdec.attention import IMPLEMENTATION, QueryLayout, StepAttention, TailMasks, active
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from specdec.probe import CallSpec
 
 __all__ = ["TreeTarget", "group_key", "kv_bytes_per_token"]
+
+_LongArray: TypeAlias = npt.NDArray[np.int64]
 
 
 def group_key(call: CallSpec) -> GroupKey:
@@ -163,10 +166,12 @@ def _attention_configs(model: PreTrainedModel) -> list[Any]:
 
 def _flatten(
     chunks: Sequence[Chunk],
-) -> tuple[list[QueryLayout], IntArray, IntArray, IntArray, IntArray]:
+) -> tuple[list[QueryLayout], _LongArray, _LongArray, _LongArray, IntArray]:
     """Layouts, input ids [T] and positions [T] (int64), flat rows of the trees' nodes, cu_nodes [trees + 1]."""
     layouts: list[QueryLayout] = []
-    ids, positions, rows = [], [], []
+    ids: list[IntArray] = []
+    positions: list[IntArray] = []
+    rows: list[_LongArray] = []
     cu_nodes = [0]
     start = 0
     for chunk in chunks:
@@ -184,7 +189,7 @@ def _flatten(
         ids.append(chunk.prefix_ids)
         if tree is not None:
             ids.append(tree.token_ids)
-            rows.append(np.arange(start + prefix, start + total))
+            rows.append(np.arange(start + prefix, start + total, dtype=np.int64))
             cu_nodes.append(cu_nodes[-1] + len(tree))
         positions.append(depths + cached)
         start += total

@@ -32,6 +32,8 @@ __all__ = ["IMPLEMENTATION", "QueryLayout", "StepAttention", "TailMasks", "activ
 IMPLEMENTATION = "specdec_tree"
 # From this many query tokens on, heads stay apart and the mask is shared: packed rows would repeat it per head.
 _MAX_PACKED_TOKENS = 32
+# Masks up to this many rows (a packed tree) are kept between steps; at 16k keys in float32 one takes at most 16 MiB.
+_MAX_KEPT_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,72 +45,82 @@ class QueryLayout:
         start: index of the first in the flat row.
         num_tokens: how many.
         num_cached: context length; the position of the first query token.
-        parents: [num_tokens] int32 within the chunk; -1: hangs on the context.
-        depths: [num_tokens] int32; position = num_cached + depth.
-        is_chain: no branches.
+        positions: [num_tokens] int64: absolute; ``num_cached`` + depth in the chunk.
+        ancestors: [num_tokens, num_tokens] bool: (i, j) is True if j is i or an ancestor of i.
     """
 
     request_id: str
     start: int
     num_tokens: int
     num_cached: int
-    parents: IntArray
-    depths: IntArray
-    is_chain: bool
-
-    def ancestor_mask(self) -> npt.NDArray[np.bool_]:
-        """[num_tokens, num_tokens] bool: (i, j) is True if j is i or an ancestor of i."""
-        if self.is_chain:
-            return np.tri(self.num_tokens, dtype=np.bool_)
-        mask = np.eye(self.num_tokens, dtype=np.bool_)
-        for node in range(self.num_tokens):
-            if self.parents[node] >= 0:
-                mask[node] |= mask[self.parents[node]]
-        return mask
+    positions: npt.NDArray[np.int64]
+    ancestors: npt.NDArray[np.bool_]
 
 
 class TailMasks:
-    """Additive masks that are zero but for the last columns, kept between steps so that a context costs nothing.
+    """Additive masks that are zero but for a few columns, kept between steps so that a context costs nothing.
 
-    Row block r belongs to the r-th request of a batch. Everything left of the tree's columns stays zero, so a mask for
-    any context length is a view that ends at the buffer's right edge.
+    Row block r belongs to the r-th request of a batch. Columns that nobody writes stay zero, so a mask for any context
+    length is a view that ends at the buffer's right edge. Large masks (prompt chunks) are made afresh: they are rare,
+    and keeping one for every row would cost more memory than the KV.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[int, torch.Tensor] = {}
-        self._dirty: dict[int, int] = {}
+        self._dirty: dict[int, list[torch.Tensor]] = {}  # what the last mask wrote
 
-    def view(self, row: int, ancestors: torch.Tensor, num_keys: int, dtype: torch.dtype) -> torch.Tensor:
-        """[rows, num_keys] additive mask for ``ancestors`` [rows, T] bool over context and tree; valid until reuse."""
-        rows, width = ancestors.shape
-        buffer = self._buffers.get(row)
-        if buffer is None or buffer.shape[0] < rows or buffer.shape[1] < num_keys or buffer.dtype != dtype:
-            shape = (1 << (rows - 1).bit_length(), 1 << (num_keys - 1).bit_length())
-            buffer = self._buffers[row] = torch.zeros(shape, dtype=dtype, device=ancestors.device)
-            self._dirty[row] = 0
-        edge = buffer.shape[1]
-        buffer[:, edge - max(self._dirty[row], width) :] = 0
-        buffer[:rows, edge - width :].masked_fill_(~ancestors, float("-inf"))
-        self._dirty[row] = width
-        return buffer[:rows, edge - num_keys :]
+    def view(
+        self,
+        row: int,
+        num_keys: int,
+        tail: torch.Tensor,
+        head: torch.Tensor | None,
+        *,
+        repeats: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """An additive mask over context and tree; valid until the row is asked for again.
+
+        Args:
+            row: place of the request in the batch.
+            num_keys: n: context and query tokens.
+            tail: [T, T] bool, True = hidden: the last keys.
+            head: [T, h] bool, True = hidden: the first keys, or None.
+            repeats: the rows of ``tail`` and ``head`` are repeated so many times, one block after the other.
+            dtype: of the mask.
+
+        Returns:
+            [repeats * T, num_keys].
+        """
+        num_tokens = tail.shape[0]
+        rows = repeats * num_tokens
+        if rows > _MAX_KEPT_ROWS:
+            mask = torch.zeros(rows, num_keys, dtype=dtype, device=tail.device)
+        else:
+            buffer = self._buffers.get(row)
+            if buffer is None or buffer.shape[0] < rows or buffer.shape[1] < num_keys or buffer.dtype != dtype:
+                shape = (1 << (rows - 1).bit_length(), 1 << (num_keys - 1).bit_length())
+                buffer = self._buffers[row] = torch.zeros(shape, dtype=dtype, device=tail.device)
+                self._dirty[row] = []
+            for region in self._dirty[row]:
+                region.zero_()
+            mask = buffer[:rows, buffer.shape[1] - num_keys :]
+        blocks = mask.unflatten(0, (repeats, num_tokens))
+        regions = [blocks[..., num_keys - num_tokens :].masked_fill_(tail, float("-inf"))]
+        if head is not None:
+            regions.append(blocks[..., : head.shape[1]].masked_fill_(head, float("-inf")))
+        if rows <= _MAX_KEPT_ROWS:
+            self._dirty[row] = regions
+        return mask
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class _Keys:
     """Where one request's keys of one group lie, and which of them each query sees."""
 
-    __slots__ = ("index", "mask", "packed", "start", "stop")
-
-    def __init__(
-        self, start: int, stop: int, index: torch.Tensor | None, mask: torch.Tensor | None, packed: bool
-    ) -> None:
-        self.start, self.stop = start, stop
-        self.index = index  # slots, where they are not one run
-        self.mask = mask  # additive; [G * T, n] if packed else [T, n]; None: all visible
-        self.packed = packed
-
-    def of(self, storage: torch.Tensor) -> torch.Tensor:
-        """[n, Hkv, D] rows of a call's storage."""
-        return storage[self.start : self.stop] if self.index is None else storage[self.index]
+    where: slice | torch.Tensor  # slots
+    mask: torch.Tensor | None  # additive; [G * T, n] if packed else [T, n]; None: all visible
+    packed: bool
 
 
 class StepAttention:
@@ -118,7 +130,7 @@ class StepAttention:
         pool: the KV pool; every layout's query tokens have reserved slots in it.
         layouts: the requests of the step, in flat order.
         num_query_groups: query heads per KV head of each call.
-        masks: buffers that live as long as the target.
+        masks: buffers that live as long as the target, by (mask group, query heads per KV head).
     """
 
     def __init__(
@@ -135,10 +147,12 @@ class StepAttention:
         self.layouts = layouts
         self.num_query_groups = num_query_groups
         self.dtype, self.device = dtype, device
-        self.masks = masks
         self.num_calls = 0
-        self._keys: dict[tuple[GroupKey, int], list[_Keys]] = {}
-        self._slots: dict[GroupKey, torch.Tensor | slice] = {}
+        self._slots = {key: self._slots_of(group) for key, group in pool.groups.items()}
+        self._keys = {
+            (key, per_kv): self._keys_of(pool.groups[key], per_kv, masks.setdefault((key, per_kv), TailMasks()))
+            for key, per_kv in dict.fromkeys(zip(pool.group_of_call, num_query_groups, strict=True))
+        }
 
     def attend(
         self,
@@ -149,111 +163,115 @@ class StepAttention:
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Attention of the next call of the forward.
+        """One attention call of the forward.
 
         Args:
-            query: [1, Hq, T, Dk] of the whole flat row, roped.
+            query: [1, Hq, T, Dk].
             key: [1, Hkv, T, Dk].
             value: [1, Hkv, T, Dv].
-            scaling: factor of the scores; None: Dk ** -0.5.
-            softcap: scores become ``softcap * tanh(scores / softcap)``; None: off.
-            sinks: [Hq] extra logit of each head, without a value; None: none.
+            scaling: factor on the scores; None = Dk ** -0.5.
+            softcap: c of c * tanh(scores / c).
+            sinks: [Hq] logits that take part in the softmax and carry no value.
 
         Returns:
             [1, T, Hq, Dv].
+
+        Raises:
+            InternalError: the forward makes more calls than the probe saw.
         """
         ordinal = self.num_calls
         self.num_calls += 1
-        group_key = self.pool.group_of_call[ordinal]
+        if ordinal >= len(self.num_query_groups):
+            raise InternalError(f"the forward makes more than the {ordinal} attention calls that the probe saw")
+        group_key, per_kv = self.pool.group_of_call[ordinal], self.num_query_groups[ordinal]
         group = self.pool.groups[group_key]
         keys, values = group.keys[ordinal], group.values[ordinal]
-        slots = self._slots_of(group)
+        slots = self._slots[group_key]
         keys[slots] = key[0].transpose(0, 1)
         values[slots] = value[0].transpose(0, 1)
-        per_kv = self.num_query_groups[ordinal]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-        for layout, where in zip(self.layouts, self._keys_of(group, per_kv), strict=True):
+        for layout, seen in zip(self.layouts, self._keys[group_key, per_kv], strict=True):
             rows = slice(layout.start, layout.start + layout.num_tokens)
             q = query[0, :, rows].unflatten(0, (key.shape[1], per_kv))  # [Hkv, G, T, Dk]
-            k, v = where.of(keys).transpose(0, 1), where.of(values).transpose(0, 1)  # [Hkv, n, D]
+            k, v = keys[seen.where].transpose(0, 1), values[seen.where].transpose(0, 1)  # [Hkv, n, D]
             if softcap is None and sinks is None:
-                result = _attend_plain(q, k, v, where, scale)
+                result = _attend_plain(q, k, v, seen, scale)
             else:
-                result = _attend_special(q, k, v, where, scale, softcap, sinks)
+                result = _attend_special(q, k, v, seen, scale, softcap, sinks)
             out[0, rows] = result.flatten(0, 1).transpose(0, 1)
         return out
 
     def _slots_of(self, group: KVGroup) -> torch.Tensor | slice:
-        slots = self._slots.get(group.key)
-        if slots is None:
-            tables = [group.tables[layout.request_id] for layout in self.layouts]
-            if len(tables) == 1 and tables[0].is_run:
-                start = tables[0].base + tables[0].num_cached
-                slots = slice(start, start + tables[0].num_reserved)
-            else:
-                new = [t.slots[t.num_cached : len(t)] for t in tables]
-                slots = torch.from_numpy(np.concatenate(new).astype(np.int64)).to(self.device)
-            self._slots[group.key] = slots
-        return slots
+        """Where the query tokens' own K/V go, in flat order."""
+        tables = [group.tables[layout.request_id] for layout in self.layouts]
+        if len(tables) == 1 and tables[0].is_run:
+            start = tables[0].base + tables[0].num_cached
+            return slice(start, start + tables[0].num_reserved)
+        return self._index([table.reserved for table in tables])
 
-    def _keys_of(self, group: KVGroup, per_kv: int) -> list[_Keys]:
-        found = self._keys.get((group.key, per_kv))
-        if found is None:
-            buffers = self.masks.setdefault((group.key, per_kv), TailMasks())
-            found = [self._locate(group, layout, per_kv, row, buffers) for row, layout in enumerate(self.layouts)]
-            self._keys[group.key, per_kv] = found
+    def _keys_of(self, group: KVGroup, per_kv: int, masks: TailMasks) -> list[_Keys]:
+        found = []
+        for row, layout in enumerate(self.layouts):
+            table = group.tables[layout.request_id]
+            num_keys = len(table)
+            run = slice(table.base, table.base + num_keys)
+            where = run if table.is_run else self._index([table.slots[:num_keys]])
+            packed = layout.num_tokens <= _MAX_PACKED_TOKENS
+            mask = None
+            if layout.num_tokens > 1:  # one query sees all that its table still holds
+                tail, head = _hidden(group.key, layout, table.first)
+                mask = masks.view(
+                    row,
+                    num_keys,
+                    torch.from_numpy(tail).to(self.device),
+                    None if head is None else torch.from_numpy(head).to(self.device),
+                    repeats=per_kv if packed else 1,
+                    dtype=self.dtype,
+                )
+            found.append(_Keys(where, mask, packed))
         return found
 
-    def _locate(self, group: KVGroup, layout: QueryLayout, per_kv: int, row: int, buffers: TailMasks) -> _Keys:
-        table = group.tables[layout.request_id]
-        num_keys = len(table)
-        index = None
-        if not table.is_run:
-            index = torch.from_numpy(table.slots[:num_keys].astype(np.int64)).to(self.device)
-        packed = layout.num_tokens <= _MAX_PACKED_TOKENS
-        mask = None
-        if layout.num_tokens > 1:
-            visible = self._visible(group, layout, table.first)
-            shown = torch.from_numpy(visible).to(self.device)
-            if packed and per_kv > 1:
-                shown = shown.repeat(per_kv, 1)
-            mask = buffers.view(row, shown, num_keys, self.dtype)
-        return _Keys(table.base, table.base + num_keys, index, mask, packed)
-
-    @staticmethod
-    def _visible(group: KVGroup, layout: QueryLayout, first: int) -> npt.NDArray[np.bool_]:
-        """[T, w] bool for the last w keys: the tree's own columns, and the context's too where the mask forgets."""
-        ancestors = layout.ancestor_mask()
-        kind, size = group.key
-        if kind == "full":
-            return ancestors
-        context = np.arange(first, layout.num_cached, dtype=np.int32)
-        position = layout.num_cached + layout.depths
-        key_position = np.concatenate((context, position))
-        see = np.concatenate((np.ones((len(position), len(context)), np.bool_), ancestors), axis=1)
-        if kind == "sliding":
-            see &= key_position > position[:, None] - size
-        else:
-            see &= key_position // size == position[:, None] // size
-        return see
+    def _index(self, slots: Sequence[IntArray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(slots).astype(np.int64)).to(self.device)
 
 
-def _attend_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, where: _Keys, scale: float) -> torch.Tensor:
+def _hidden(
+    key: GroupKey, layout: QueryLayout, first: int
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_] | None]:
+    """Which keys each query must not see: among the query tokens [T, T], and of the first context keys [T, h].
+
+    Every later context key is seen. ``first`` is the position of the first key that the table still holds.
+    """
+    tail = ~layout.ancestors
+    kind, size = key
+    if kind == "full":
+        return tail, None
+    positions = layout.positions
+    # As first_visible, for every query.
+    lows = positions - (size - 1) if kind == "sliding" else positions // size * size  # [T]
+    if lows.max() <= first:
+        return tail, None
+    tail |= positions < lows[:, None]
+    num_hidden = np.clip(lows, first, layout.num_cached) - first  # [T]
+    return tail, np.arange(num_hidden.max()) < num_hidden[:, None]
+
+
+def _attend_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: _Keys, scale: float) -> torch.Tensor:
     """[Hkv, G, T, Dv] from q [Hkv, G, T, Dk], k [Hkv, n, Dk], v [Hkv, n, Dv]."""
-    if where.packed:  # the heads of one KV group become rows of one matrix product
-        out = scaled_dot_product_attention(q.flatten(1, 2)[None], k[None], v[None], attn_mask=where.mask, scale=scale)
+    if seen.packed:  # the heads of one KV group become rows of one matrix product
+        out = scaled_dot_product_attention(q.flatten(1, 2)[None], k[None], v[None], attn_mask=seen.mask, scale=scale)
         return out[0].reshape(*q.shape[:3], -1)
     per_kv = q.shape[1]
     k, v = (x[:, None].expand(-1, per_kv, -1, -1) for x in (k, v))
-    return scaled_dot_product_attention(q, k, v, attn_mask=where.mask, scale=scale)
+    return scaled_dot_product_attention(q, k, v, attn_mask=seen.mask, scale=scale)
 
 
 def _attend_special(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    where: _Keys,
+    seen: _Keys,
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
@@ -263,8 +281,8 @@ def _attend_special(
     scores = torch.matmul(q, k[:, None].transpose(2, 3)) * scale  # [Hkv, G, T, n]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if where.mask is not None:
-        mask = where.mask.unflatten(0, (per_kv, num_tokens)) if where.packed else where.mask
+    if seen.mask is not None:
+        mask = seen.mask.unflatten(0, (per_kv, num_tokens)) if seen.packed else seen.mask
         scores = scores + mask
     if sinks is not None:
         column = sinks.to(scores.dtype).view(num_kv_heads, per_kv, 1, 1).expand(-1, -1, num_tokens, 1)

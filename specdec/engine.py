@@ -98,7 +98,11 @@ class Engine:
             tokenizer=self.tokenizer,
         )
         self.verifier.start(state)
-        self.drafter.start([state])
+        try:
+            self.drafter.start([state])
+        except BaseException:
+            self.verifier.stop([state.request_id])
+            raise
         self._states[request.request_id] = state
         self._stops[request.request_id] = stop
         self.scheduler.add(state)
@@ -109,26 +113,27 @@ class Engine:
         state = self._states.get(request_id)
         if state is None:
             return False
-        self._finish(state, "cancelled")
+        self._finish([(state, "cancelled")])
         self._outbox.append(RequestOutput(request_id, [], "cancelled", state))
         return True
 
     def generate(self, requests: Iterable[Request]) -> Iterator[RequestOutput]:
         """Submit ``requests`` and stream their tokens until all are done; closing the iterator cancels the rest."""
-        open_ids = set()
+        mine: set[RequestState] = set()
         try:
             for request in requests:
-                self.submit(request)
-                open_ids.add(request.request_id)
-            while open_ids:
-                for output in self.step():
-                    if output.request_id in open_ids:
-                        if output.finish_reason is not None:
-                            open_ids.discard(output.request_id)
-                        yield output
+                mine.add(self.submit(request))
+            while mine:
+                outputs = self.step()
+                own = [output for output in outputs if output.state in mine]
+                self._outbox += [output for output in outputs if output.state not in mine]  # somebody else's
+                for output in own:
+                    if output.finish_reason is not None:
+                        mine.discard(output.state)
+                    yield output
         finally:
-            for request_id in open_ids:
-                self.cancel(request_id)
+            self._finish([(state, "cancelled") for state in mine if not state.is_finished])
+            self._outbox = [output for output in self._outbox if output.state not in mine]
 
     def step(self) -> list[RequestOutput]:
         """Serve every running request once; the new tokens.
@@ -162,40 +167,51 @@ class Engine:
         decoding = [chunk for chunk in chunks if chunk.tree is not None]
         results = self._verify(decoding, output)
         times.append(perf_counter())
-        emitted, reasons = self._commit(chunks, decoding, results)
+        emitted = self._commit(chunks, decoding, results, outputs)
         times.append(perf_counter())
-        outputs.extend(
-            RequestOutput(chunk.state.request_id, ids.tolist(), reason, chunk.state)
-            for chunk, ids, reason in zip(decoding, emitted, reasons, strict=True)
-        )
         events = _events(decoding, output, results, emitted, times)
         try:
             observers: tuple[Controller | Drafter | Observer, ...] = (self.controller, self.drafter, *self.observers)
             for observer in observers:
                 observer.observe(events)
         finally:
-            for chunk, reason in zip(decoding, reasons, strict=True):
-                if reason is not None:
-                    self._finish(chunk.state, reason)
+            self._finish([(out.state, out.finish_reason) for out in outputs if out.finish_reason is not None])
 
     def _propose(self, parts: Sequence[Part]) -> dict[str, DraftTree]:
         states = [part.state for part in parts if part.decodes]
         if not states:
             return {}
         budgets = self.controller.plan(states, self.scheduler.load(parts))
+        if len(budgets) != len(states) or min(budgets) < 0:
+            raise InternalError(f"the controller must plan a budget >= 0 for each of {len(states)} requests: {budgets}")
         # The last token that may come is never drafted: it would be the bonus token in any case.
         limits = [
-            min(b, self.target.max_draft_tokens, self._num_left(s) - 1) for b, s in zip(budgets, states, strict=True)
+            min(budget, self.target.max_draft_tokens, self._num_left(state) - 1)
+            for budget, state in zip(budgets, states, strict=True)
         ]
         trees = self.drafter.propose(states, limits)
-        for index, (tree, limit) in enumerate(zip(trees, limits, strict=True)):
-            if tree.num_draft_tokens > limit:
-                raise InternalError(
-                    f"the drafter was allowed {limit} draft tokens and proposed {tree.num_draft_tokens}"
-                )
-            if not self.target.supports_trees:
-                trees[index] = tree.to_chain()
-        return {state.request_id: tree for state, tree in zip(states, trees, strict=True)}
+        if len(trees) != len(states):
+            raise InternalError(f"the drafter must propose one tree for each of {len(states)} requests: {len(trees)}")
+        by_request: dict[str, DraftTree] = {}
+        for state, tree, limit in zip(states, trees, limits, strict=True):
+            self._check_tree(state, tree, limit)
+            by_request[state.request_id] = tree if self.target.supports_trees else tree.to_chain()
+        return by_request
+
+    def _check_tree(self, state: RequestState, tree: DraftTree, limit: int) -> None:
+        """What would corrupt the text silently or break the target; the target checks the parents as it reads them."""
+        token_ids = tree.token_ids
+        if not 1 <= len(token_ids) <= limit + 1 or len(tree.parents) != len(token_ids):
+            raise InternalError(
+                f"the drafter was allowed {limit} draft tokens and proposed {tree.num_draft_tokens}, "
+                f"with {len(tree.parents)} parents"
+            )
+        if token_ids[0] != state.token_ids[-1]:
+            raise InternalError(
+                f"the root of a draft must be the last token, {state.token_ids[-1]}, but it is {token_ids[0]}"
+            )
+        if limit and not (token_ids.min() >= 0 and token_ids.max() < self.target.vocab_size):
+            raise InternalError(f"draft token ids must be in [0, {self.target.vocab_size}), got {token_ids.tolist()}")
 
     def _num_left(self, state: RequestState) -> int:
         by_request = state.request.sampling.max_new_tokens - state.num_output_tokens
@@ -209,37 +225,48 @@ class Engine:
         return self.verifier.verify(states, trees, output)
 
     def _commit(
-        self, chunks: Sequence[Chunk], decoding: Sequence[Chunk], results: Sequence[VerifyResult]
-    ) -> tuple[list[IntArray], list[FinishReason | None]]:
-        """Cut each result at its first stop, keep the KV of what stays, append the tokens."""
+        self,
+        chunks: Sequence[Chunk],
+        decoding: Sequence[Chunk],
+        results: Sequence[VerifyResult],
+        outputs: list[RequestOutput],
+    ) -> list[IntArray]:
+        """Cut each result at its first stop, keep the KV of what stays, append the tokens; what each request got."""
         keep: dict[str, list[int]] = {}
-        emitted: list[IntArray] = []
-        reasons: list[FinishReason | None] = []
+        emitted: list[tuple[IntArray, FinishReason | None]] = []
         for chunk, result in zip(decoding, results, strict=True):
             new_ids = np.append(result.accepted_ids, np.int32(result.bonus_id))
             count, reason = self._stops[chunk.state.request_id].cut(chunk.state.token_ids, new_ids)
-            emitted.append(new_ids[:count])
-            reasons.append(reason)
+            emitted.append((new_ids[:count], reason))
             # The last emitted token is the next root: its KV is not kept, also where it was a draft token.
             keep[chunk.state.request_id] = [0, *result.accepted_nodes[: count - 1].tolist()]
-        self.target.commit(chunks, [keep.get(chunk.state.request_id, []) for chunk in chunks])
-        for chunk in chunks:
-            kept = keep.get(chunk.state.request_id, [])
-            chunk.state.num_cached += len(chunk.prefix_ids) + len(kept)
-        for chunk, result, ids in zip(decoding, results, emitted, strict=True):
-            self.verifier.commit(chunk.state, ids)  # type: ignore[arg-type]
-            chunk.state.append(ids)
-            chunk.state.num_steps += 1
-            chunk.state.num_drafted += chunk.tree.num_draft_tokens if chunk.tree is not None else 0
-            chunk.state.num_accepted += min(result.num_accepted, len(ids))
-        return emitted, reasons
+        kept = [keep.get(chunk.state.request_id, []) for chunk in chunks]
+        self.target.commit(chunks, kept)
+        for chunk, nodes in zip(chunks, kept, strict=True):
+            chunk.state.num_cached += len(chunk.prefix_ids) + len(nodes)
+        for chunk, result, (ids, reason) in zip(decoding, results, emitted, strict=True):
+            state, new_ids = chunk.state, ids.tolist()
+            self.verifier.commit(state, new_ids)
+            state.append(ids)
+            state.num_steps += 1
+            state.num_drafted += chunk.tree.num_draft_tokens if chunk.tree is not None else 0
+            state.num_accepted += min(result.num_accepted, len(ids))
+            # At once, so that no token which a state holds can miss its output.
+            outputs.append(RequestOutput(state.request_id, new_ids, reason, state))
+        return [ids for ids, _ in emitted]
 
-    def _finish(self, state: RequestState, reason: FinishReason) -> None:
-        state.finish_reason = reason
-        self.scheduler.remove(state)
-        self.verifier.stop([state.request_id])
-        self.drafter.stop([state.request_id])
-        del self._states[state.request_id], self._stops[state.request_id]
+    def _finish(self, ended: Sequence[tuple[RequestState, FinishReason]]) -> None:
+        """Forget requests. Those that are no longer live are skipped: an observer may have cancelled one."""
+        gone = []
+        for state, reason in ended:
+            if self._states.get(state.request_id) is state:
+                del self._states[state.request_id], self._stops[state.request_id]
+                state.finish_reason = reason
+                self.scheduler.remove(state)
+                gone.append(state.request_id)
+        if gone:
+            self.verifier.stop(gone)
+            self.drafter.stop(gone)
 
     def _check(self, request: Request) -> None:
         ids, vocab_size = request.prompt_ids, self.target.vocab_size

@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from specdec.errors import InternalError
+from specdec.kv_slots import SlotAllocator, SlotTable
+from specdec.types import IntArray
 
-__all__ = ["CallShape", "GroupKey", "KVGroup", "KVPool", "SlotAllocator", "SlotTable", "first_visible"]
+__all__ = ["CallShape", "GroupKey", "KVGroup", "KVPool", "first_visible"]
 
 MaskKind = Literal["full", "sliding", "chunked"]
 GroupKey = tuple[MaskKind, int]  # (kind, window or chunk length; 0 for full)
-TRASH_SLOT = 0  # never handed out: padding writes of captured graphs go there
 _RELOCATE_GROWTH = 1.25  # a blocked request moves only to a run with room to grow, so moves cost O(1) per token
 
 
@@ -44,100 +44,6 @@ def first_visible(key: GroupKey, position: int) -> int:
     if kind == "sliding":
         return max(0, position - size + 1)
     return (position // size) * size if kind == "chunked" else 0
-
-
-class SlotAllocator:
-    """Which slots are free, and which free runs are promised to whom.
-
-    A claim is a soft promise: placement of newcomers avoids it, but a pool in need may use it.
-    """
-
-    def __init__(self, num_slots: int) -> None:
-        self._free = np.ones(num_slots, dtype=np.bool_)
-        self._unclaimed = np.ones(num_slots, dtype=np.bool_)
-        self._free[TRASH_SLOT] = self._unclaimed[TRASH_SLOT] = False
-        self.num_slots = num_slots
-        self.num_free = num_slots - 1
-        self._cursor = 1
-
-    def take_run(self, start: int, count: int) -> bool:
-        """Take ``[start, start + count)`` if every slot of it is free."""
-        end = start + count
-        if end > self.num_slots or not self._free[start:end].all():
-            return False
-        self._free[start:end] = False
-        self.num_free -= count
-        return True
-
-    def take_any(self, count: int) -> npt.NDArray[np.int32]:
-        """Take ``count`` slots wherever they are; the caller has compared ``num_free``."""
-        order = np.flatnonzero(self._free[self._cursor :])[:count] + self._cursor
-        if len(order) < count:
-            order = np.concatenate((order, np.flatnonzero(self._free[: self._cursor])[: count - len(order)]))
-        self._free[order] = False
-        self.num_free -= count
-        self._cursor = int(order[-1]) + 1 if count else self._cursor
-        return order.astype(np.int32)
-
-    def give(self, slots: npt.NDArray[np.int32] | slice) -> None:
-        """Return slots."""
-        self._free[slots] = True
-        self.num_free += slots.stop - slots.start if isinstance(slots, slice) else len(slots)
-
-    def find_run(self, wanted: int, least: int) -> tuple[int, int] | None:
-        """(start, length) of a free run: the tightest unclaimed one of ``wanted``, else the largest of >= ``least``."""
-        for available in (self._free & self._unclaimed, self._free):
-            edges = np.flatnonzero(np.diff(available, prepend=False, append=False))
-            starts, lengths = edges[::2], edges[1::2] - edges[::2]
-            fitting = np.flatnonzero(lengths >= wanted)
-            if len(fitting):
-                best = fitting[lengths[fitting].argmin()]
-                return int(starts[best]), wanted
-        if len(lengths) and int(lengths.max()) >= least:
-            best = lengths.argmax()
-            return int(starts[best]), int(lengths[best])
-        return None
-
-    def claim(self, start: int, length: int) -> None:
-        """Promise a run."""
-        self._unclaimed[start : start + length] = False
-
-    def unclaim(self, start: int, length: int) -> None:
-        """Take a promise back."""
-        self._unclaimed[start : start + length] = True
-
-
-class SlotTable:
-    """One request's slots in one group, for positions ``first ...``: cached ones, then the reserved ones of a step."""
-
-    __slots__ = ("base", "claim", "first", "num_cached", "num_reserved", "retry_at", "slots")
-
-    def __init__(self) -> None:
-        self.slots = np.empty(64, dtype=np.int32)
-        self.first = 0  # position of slots[0]
-        self.num_cached = 0
-        self.num_reserved = 0
-        self.base = 0  # first slot if the table is one run of slots, else -1
-        self.claim = (0, 0)
-        self.retry_at = 0  # end position from which becoming one run is worth another try
-
-    def __len__(self) -> int:
-        return self.num_cached + self.num_reserved
-
-    @property
-    def is_run(self) -> bool:
-        """True if the slots are consecutive, in order."""
-        return self.base >= 0
-
-    def append(self, slots: npt.NDArray[np.int32]) -> None:
-        """Add reserved slots at the end."""
-        end = len(self) + len(slots)
-        if end > len(self.slots):
-            grown = np.empty(2 * end, dtype=np.int32)
-            grown[: len(self)] = self.slots[: len(self)]
-            self.slots = grown
-        self.slots[len(self) : end] = slots
-        self.num_reserved += len(slots)
 
 
 class KVGroup:
@@ -179,10 +85,14 @@ class KVGroup:
                 self._storages.append(storage)
                 target.update(zip(ordinals, storage.unbind(0), strict=True))
 
-    def reserve(self, request_id: str, count: int, expected_length: int) -> bool:
-        """Add ``count`` reserved slots to the request's table, or change nothing and return False."""
-        if self.allocator.num_free < count:
-            return False
+    def reserve(self, request_id: str, count: int, expected_length: int) -> None:
+        """Add ``count`` reserved slots to the request's table; there must be as many free ones.
+
+        Args:
+            request_id: whose.
+            count: slots.
+            expected_length: how long a run a newcomer is likely to need.
+        """
         table = self.tables.get(request_id)
         if table is None:
             table = self.tables[request_id] = SlotTable()
@@ -190,38 +100,41 @@ class KVGroup:
         if table.is_run and self.allocator.take_run(table.base + len(table), count):
             start = table.base + len(table)
             table.append(np.arange(start, start + count, dtype=np.int32))
-            return True
+            return
         if self.keep_runs and table.first + len(table) >= table.retry_at and self._relocate(table, count):
-            return True
+            return
         table.append(self.allocator.take_any(count))
         table.base = -1
-        return True
 
-    def unreserve(self, request_id: str, count: int) -> None:
-        """Give back the last ``count`` reserved slots."""
-        table = self.tables[request_id]
-        self.allocator.give(table.slots[len(table) - count : len(table)])
-        table.num_reserved -= count
+    def commit(self, request_id: str, num_leading: int, others: IntArray) -> None:
+        """Of the reserved slots keep the leading ones and those at indices ``others``; free the rest.
 
-    def commit(self, request_id: str, kept: Sequence[int]) -> None:
-        """Of the reserved slots keep those at indices ``kept`` (ascending), free the rest, forget what none can see."""
+        Args:
+            request_id: whose.
+            num_leading: how many reserved slots are kept from the first on.
+            others: ascending indices among the reserved slots, all >= ``num_leading``.
+
+        Effects: cached slots that no later query can see are freed, too.
+        """
         table = self.tables[request_id]
-        reserved = table.slots[table.num_cached : len(table)].copy()
-        count = len(kept)
-        if count and kept[-1] != count - 1:  # not the leading slots: a branch was accepted
-            index = np.asarray(kept, dtype=np.int64)
+        reserved = table.reserved.copy()
+        count = num_leading + len(others)
+        if len(others) and others[-1] != count - 1:  # not the leading slots: a branch was accepted
             if table.is_run:
-                self._move(reserved[index], reserved[:count])
+                self._move(reserved[others], reserved[num_leading:count])
             else:
                 dropped = np.ones(len(reserved), dtype=np.bool_)
-                dropped[index] = False
-                reserved = np.concatenate((reserved[index], reserved[dropped]))
+                dropped[:num_leading] = False
+                dropped[others] = False
+                reserved = np.concatenate((reserved[:num_leading], reserved[others], reserved[dropped]))
         self.allocator.give(reserved[count:])
         table.slots[table.num_cached : table.num_cached + count] = reserved[:count]
         table.num_cached += count
         table.num_reserved = 0
         if self.key[0] != "full":
-            self._forget(table)
+            gone = first_visible(self.key, table.first + table.num_cached) - table.first
+            if gone > 0:
+                self.allocator.give(table.forget(gone))
 
     def release(self, request_id: str) -> None:
         """Drop the request's table; unknown requests are none."""
@@ -256,20 +169,7 @@ class KVGroup:
         table.append(np.arange(run[0] + length, run[0] + length + count, dtype=np.int32))
         return True
 
-    def _forget(self, table: SlotTable) -> None:
-        start = first_visible(self.key, table.first + table.num_cached)
-        drop = start - table.first
-        if drop <= 0:
-            return
-        self.allocator.give(table.slots[:drop].copy())
-        remaining = table.num_cached - drop
-        table.slots[:remaining] = table.slots[drop : table.num_cached]
-        table.num_cached = remaining
-        table.first = start
-        if table.is_run:
-            table.base += drop
-
-    def _move(self, source: npt.NDArray[np.int32], target: npt.NDArray[np.int32]) -> None:
+    def _move(self, source: IntArray, target: IntArray) -> None:
         """Copy rows in every call's storage. Gather, then scatter: a target may be another row's source."""
         src, dst = torch.from_numpy(source.astype(np.int64)), torch.from_numpy(target.astype(np.int64))
         for storage in self._storages:
@@ -317,7 +217,7 @@ class KVPool:
     @property
     def num_used(self) -> int:
         """Slots taken over all groups; 0 when no request is held."""
-        return sum(g.allocator.num_slots - 1 - g.allocator.num_free for g in self.groups.values())
+        return sum(group.allocator.num_taken for group in self.groups.values())
 
     @property
     def num_free(self) -> int:
@@ -327,21 +227,18 @@ class KVPool:
 
     def reserve(self, request_id: str, count: int, expected_length: int) -> bool:
         """Reserve ``count`` slots in every group, or change nothing and return False."""
-        done: list[KVGroup] = []
+        if any(group.allocator.num_free < count for group in self.groups.values()):
+            return False
         for group in self.groups.values():
             kind, size = group.key
             expected = expected_length if kind == "full" else min(expected_length, 2 * size)
-            if not group.reserve(request_id, count, min(expected, group.allocator.num_slots - 1)):
-                for earlier in done:
-                    earlier.unreserve(request_id, count)
-                return False
-            done.append(group)
+            group.reserve(request_id, count, min(expected, group.allocator.num_slots - 1))
         return True
 
-    def commit(self, request_id: str, kept: Sequence[int]) -> None:
-        """Keep the reserved slots at indices ``kept`` in every group, free the rest."""
+    def commit(self, request_id: str, num_leading: int, others: IntArray) -> None:
+        """Keep the leading reserved slots and those at indices ``others`` in every group, free the rest."""
         for group in self.groups.values():
-            group.commit(request_id, kept)
+            group.commit(request_id, num_leading, others)
 
     def release(self, request_id: str) -> None:
         """Drop everything of a request."""

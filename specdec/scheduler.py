@@ -53,10 +53,11 @@ class Scheduler:
     def admit(self) -> list[RequestState]:
         """Move requests from the queue to the batch while there is room; the ones moved."""
         admitted: list[RequestState] = []
-        if self._preempted:  # whoever was just sent back would only be sent back again
-            self._preempted = False
+        preempted, self._preempted = self._preempted, False
+        if preempted and self.running:  # whoever was just sent back would only be sent back again
             return admitted
-        claimed = len(self.running)  # each running request is about to take a slot
+        # What the running requests are about to take: the root's slot, and the prompt tokens still to be cached.
+        claimed = sum(state.num_tokens - state.num_cached for state in self.running)
         while self.waiting and len(self.running) < self._config.max_batch_size:
             state = self.waiting[0]
             if self.running and not self._target.has_room(claimed + state.num_tokens):
@@ -90,6 +91,9 @@ class Scheduler:
 
         Without room for a draft the request decodes plainly; without room for committed tokens the newest request is
         preempted until there is.
+
+        Raises:
+            InternalError: the target cannot even hold the next step of one request that runs alone.
         """
         admitted = [part for part in parts if self._reserve_committed(part)]
         chunks: list[Chunk] = []
@@ -109,6 +113,11 @@ class Scheduler:
         while state in self.running:
             if self._target.reserve(state, part.num_prefix + part.decodes):
                 return True
+            if len(self.running) == 1:
+                raise InternalError(
+                    f"the target has no room for {part.num_prefix + part.decodes} tokens of request "
+                    f"{state.request_id!r}, although it runs alone"
+                )
             self._preempt(self.running[-1])
         return False
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from numba import njit
 
 from specdec.attention import IMPLEMENTATION, QueryLayout, StepAttention, TailMasks, active
 from specdec.errors import ConfigError, InternalError
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from specdec.probe import CallSpec
 
 __all__ = ["TreeTarget", "group_key", "kv_bytes_per_token"]
-
-_LongArray: TypeAlias = npt.NDArray[np.int64]
 
 
 def group_key(call: CallSpec) -> GroupKey:
@@ -112,16 +112,16 @@ class TreeTarget:
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> TargetOutput:
-        layouts, input_ids, position_ids, logit_rows, cu_nodes = _flatten(chunks)
+        batch = _flatten(chunks)
         step = StepAttention(
-            self.pool, layouts, self._num_query_groups, dtype=self.dtype, device=self.device, masks=self._masks
+            self.pool, batch.layouts, self._num_query_groups, dtype=self.dtype, device=self.device, masks=self._masks
         )
-        rows = torch.from_numpy(logit_rows).to(self.device)
+        rows = torch.from_numpy(batch.tree_rows).to(self.device)
         options: dict[str, Any] = {"logits_to_keep": rows} if self._keeps_logits else {}
         with active(step), self._our_attention():
             out = self.model(
-                input_ids=torch.from_numpy(input_ids)[None].to(self.device),
-                position_ids=torch.from_numpy(position_ids)[None].to(self.device),
+                input_ids=torch.from_numpy(batch.input_ids)[None].to(self.device),
+                position_ids=torch.from_numpy(batch.positions)[None].to(self.device),
                 attention_mask=self._dummy_mask,
                 use_cache=False,
                 **options,
@@ -129,13 +129,13 @@ class TreeTarget:
         if step.num_calls != len(self.calls):
             raise InternalError(f"the forward made {step.num_calls} attention calls, the probe saw {len(self.calls)}")
         logits = out.logits[0] if self._keeps_logits else out.logits[0, rows]
-        return TargetOutput(logits=logits, cu_nodes=cu_nodes)
+        return TargetOutput(logits=logits, cu_nodes=batch.cu_nodes)
 
     @torch.inference_mode()
     def commit(self, chunks: Sequence[Chunk], keep: Sequence[Sequence[int]]) -> None:
         for chunk, nodes in zip(chunks, keep, strict=True):
-            prefix = len(chunk.prefix_ids)
-            self.pool.commit(chunk.state.request_id, [*range(prefix), *(prefix + node for node in nodes)])
+            num_prefix = len(chunk.prefix_ids)
+            self.pool.commit(chunk.state.request_id, num_prefix, np.array(nodes, dtype=np.int32) + num_prefix)
 
     @contextmanager
     def _our_attention(self) -> Iterator[None]:
@@ -164,40 +164,101 @@ def _attention_configs(model: PreTrainedModel) -> list[Any]:
     return list(found.values())
 
 
-def _flatten(
-    chunks: Sequence[Chunk],
-) -> tuple[list[QueryLayout], _LongArray, _LongArray, _LongArray, IntArray]:
-    """Layouts, input ids [T] and positions [T] (int64), flat rows of the trees' nodes, cu_nodes [trees + 1]."""
-    layouts: list[QueryLayout] = []
-    ids: list[IntArray] = []
-    positions: list[IntArray] = []
-    rows: list[_LongArray] = []
-    cu_nodes = [0]
+@dataclass(frozen=True, slots=True, eq=False)
+class _FlatBatch:
+    """All chunks of a step as one row of T tokens."""
+
+    layouts: list[QueryLayout]
+    input_ids: npt.NDArray[np.int64]  # [T]
+    positions: npt.NDArray[np.int64]  # [T]
+    tree_rows: npt.NDArray[np.int64]  # flat rows of the trees' nodes, tree after tree
+    cu_nodes: IntArray  # [trees + 1]
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _expand(
+    spans: npt.NDArray[np.int64],
+    parents: IntArray,
+    positions: npt.NDArray[np.int64],
+    ancestors: npt.NDArray[np.bool_],
+    tree_rows: npt.NDArray[np.int64],
+) -> int:
+    """Positions and ancestors of a flat batch, in one pass.
+
+    Args:
+        spans: [R, 3] int64: context length, prefix tokens and tree nodes of each chunk.
+        parents: the trees' parents, tree after tree.
+        positions: [T] int64, written: context length + depth in the chunk.
+        ancestors: [sum of T_r * T_r] bool, all False, written: per chunk a matrix, (i, j) True if j is i or above it.
+        tree_rows: [nodes] int64, written: the flat rows of the trees' nodes.
+
+    Returns:
+        -1, or the first node (among all trees' nodes) whose parent is not a node before it in its own tree.
+    """
     start = 0
+    first_node = 0
+    first_bit = 0
+    for chunk in range(len(spans)):
+        num_cached, num_prefix, num_nodes = spans[chunk]
+        num_tokens = num_prefix + num_nodes
+        for token in range(num_tokens):
+            above = token - 1
+            node = token - num_prefix
+            if node >= 0:
+                tree_rows[first_node + node] = start + token
+                parent = parents[first_node + node]
+                if (parent != -1 if node == 0 else parent < 0) or parent >= node:
+                    return int(first_node + node)
+                above = num_prefix + parent
+            row = first_bit + token * num_tokens
+            if above >= 0:
+                positions[start + token] = positions[start + above] + 1
+                for column in range(above + 1):
+                    ancestors[row + column] = ancestors[first_bit + above * num_tokens + column]
+            else:
+                positions[start + token] = num_cached
+            ancestors[row + token] = True
+        start += num_tokens
+        first_node += num_nodes
+        first_bit += num_tokens * num_tokens
+    return -1
+
+
+def _flatten(chunks: Sequence[Chunk]) -> _FlatBatch:
+    """Lay the chunks out one after the other.
+
+    Raises:
+        InternalError: a tree's parents break their rule.
+    """
+    ids: list[IntArray] = []
+    parents: list[IntArray] = [np.empty(0, dtype=np.int32)]
+    spans: list[tuple[int, int, int]] = []
+    cu_nodes = [0]
     for chunk in chunks:
-        prefix, tree, cached = len(chunk.prefix_ids), chunk.tree, chunk.state.num_cached
-        total = chunk.num_tokens
-        if tree is None or tree.is_chain:
-            parents = np.arange(-1, total - 1, dtype=np.int32)
-            depths = np.arange(total, dtype=np.int32)
-            is_chain = True
-        else:
-            parents = np.concatenate((np.arange(-1, prefix - 1, dtype=np.int32), tree.parents + prefix))
-            depths = np.concatenate((np.arange(prefix, dtype=np.int32), tree.depths() + prefix))
-            is_chain = False
-        layouts.append(QueryLayout(chunk.state.request_id, start, total, cached, parents, depths, is_chain))
         ids.append(chunk.prefix_ids)
-        if tree is not None:
-            ids.append(tree.token_ids)
-            rows.append(np.arange(start + prefix, start + total, dtype=np.int64))
-            cu_nodes.append(cu_nodes[-1] + len(tree))
-        positions.append(depths + cached)
-        start += total
-    no_rows = np.empty(0, dtype=np.int64)
-    return (
-        layouts,
-        np.concatenate(ids).astype(np.int64),
-        np.concatenate(positions).astype(np.int64),
-        np.concatenate(rows) if rows else no_rows,
-        np.array(cu_nodes, dtype=np.int32),
-    )
+        if chunk.tree is not None:
+            ids.append(chunk.tree.token_ids)
+            parents.append(chunk.tree.parents)
+            cu_nodes.append(cu_nodes[-1] + len(chunk.tree))
+        spans.append((chunk.state.num_cached, len(chunk.prefix_ids), chunk.num_tokens - len(chunk.prefix_ids)))
+    input_ids = np.concatenate(ids, dtype=np.int64)
+    positions = np.empty_like(input_ids)
+    ancestors = np.zeros(sum((prefix + nodes) ** 2 for _, prefix, nodes in spans), dtype=np.bool_)
+    tree_rows = np.empty(cu_nodes[-1], dtype=np.int64)
+    bad: int = _expand(np.array(spans, dtype=np.int64), np.concatenate(parents), positions, ancestors, tree_rows)
+    if bad >= 0:
+        raise InternalError(
+            f"a draft tree must have parents[0] = -1 and 0 <= parents[i] < i, but node {bad} of the "
+            f"step's trees has parent {np.concatenate(parents)[bad]}"
+        )
+    layouts: list[QueryLayout] = []
+    start = first_bit = 0
+    for chunk, (num_cached, num_prefix, num_nodes) in zip(chunks, spans, strict=True):
+        size = num_prefix + num_nodes
+        matrix = ancestors[first_bit : first_bit + size * size].reshape(size, size)
+        layouts.append(
+            QueryLayout(chunk.state.request_id, start, size, num_cached, positions[start : start + size], matrix)
+        )
+        start += size
+        first_bit += size * size
+    return _FlatBatch(layouts, input_ids, positions, tree_rows, np.array(cu_nodes, dtype=np.int32))

@@ -1,0 +1,237 @@
+"""Host time of an engine step outside the model's forward, over batch size and context length.
+
+    python -m specdec.bench.engine_overhead --json bench/results/engine_overhead.json
+
+The model is a tiny Llama that repeats its last token, so that the drafter's table knows the answer: every step drafts
+the same tree of 8 nodes, and the target takes its second branch, the case in which KV rows have to move.
+
+- ``overhead_ms``: ``Engine.step`` minus the call of the Hugging Face model. Scheduling, drafting, the flat batch,
+  slots, masks, verification, commit and events are all in it.
+- ``attention_ms``: time inside our attention function, which is a part of the model's forward; reported apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from specdec.attention import StepAttention
+from specdec.bench.measure import write_json
+from specdec.config import EngineConfig
+from specdec.engine import Engine
+from specdec.probe import probe
+from specdec.protocols import DrafterNeeds, Load
+from specdec.tree_target import TreeTarget
+from specdec.types import DraftTree, Request, RequestState, SamplingParams, StepEvent, TargetOutput
+from specdec.verifier.match import MatchVerifier
+
+__all__ = ["main", "measure"]
+
+VOCAB_SIZE = 1000
+# root -> 1, 2;  1 -> 3;  2 -> 4, 5;  4 -> 6;  5 -> 7, 8.  The model takes 2 -> 5 -> 8.
+PARENTS = np.array([-1, 0, 0, 1, 2, 2, 4, 5, 5], dtype=np.int32)
+SHIFTS = np.array([0, 1, 0, 2, 3, 0, 4, 5, 0], dtype=np.int32)  # 0: the token that the model repeats
+BATCH_SIZES = (1, 2, 4, 8, 16)
+CONTEXT_LENGTHS = (128, 512, 2048, 8192)
+BARS_MS = {1: 0.5, 16: 2.0}
+
+
+class TableDrafter:
+    """The same tree in every step."""
+
+    needs = DrafterNeeds()
+
+    def start(self, states: Sequence[RequestState]) -> None:
+        pass
+
+    def propose(self, states: Sequence[RequestState], budgets: Sequence[int]) -> list[DraftTree]:
+        trees = []
+        for state, budget in zip(states, budgets, strict=True):
+            last = state.token_ids[-1]
+            if budget < len(PARENTS) - 1:
+                trees.append(DraftTree.root_only(int(last)))
+            else:
+                trees.append(DraftTree((last + SHIFTS) % VOCAB_SIZE, PARENTS))
+        return trees
+
+    def observe(self, events: Sequence[StepEvent]) -> None:
+        pass
+
+    def stop(self, request_ids: Sequence[str]) -> None:
+        pass
+
+
+class FixedBudget:
+    """The budget of the tree, always."""
+
+    def plan(self, states: Sequence[RequestState], load: Load) -> list[int]:
+        return [len(PARENTS) - 1] * len(states)
+
+    def observe(self, events: Sequence[StepEvent]) -> None:
+        pass
+
+
+class Argmax:
+    """Greedy sampling without any processor."""
+
+    def start(self, state: RequestState) -> None:
+        pass
+
+    def target_ids(self, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput) -> Any:
+        return output.logits.argmax(-1).to(torch.int32).numpy()
+
+    def commit(self, state: RequestState, emitted_ids: Sequence[int]) -> None:
+        pass
+
+    def stop(self, request_ids: Sequence[str]) -> None:
+        pass
+
+
+class Clock:
+    """Wraps a callable and adds up the time spent in it."""
+
+    def __init__(self, function: Any) -> None:
+        self._function = function
+        self.seconds = 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        start = perf_counter()
+        try:
+            return self._function(*args, **kwargs)
+        finally:
+            self.seconds += perf_counter() - start
+
+    def take_ms(self) -> float:
+        """The milliseconds since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return 1e3 * seconds
+
+
+def copying_model(max_length: int) -> LlamaForCausalLM:
+    """A tiny Llama whose layers hardly move the residual stream: the next token is the last one."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embed" not in name:
+                parameter.mul_(0.1 if parameter.ndim > 1 else 1.0)
+    return model
+
+
+def measure(model: LlamaForCausalLM, batch_size: int, context_length: int, *, num_steps: int) -> dict[str, Any]:
+    """Medians over ``num_steps`` decoding steps, in milliseconds."""
+    num_new = 4 * (num_steps + 8)
+    length = context_length + num_new
+    target = TreeTarget(
+        model,
+        probe(model, limit=64),
+        kv_tokens=batch_size * (length + TreeTarget.max_draft_tokens),
+        max_length=length,
+        max_batch_size=batch_size,
+        max_step_tokens=512,
+    )
+    forward = Clock(model)
+    target.model = forward
+    engine = Engine(
+        target,
+        MatchVerifier(Argmax()),
+        TableDrafter(),
+        FixedBudget(),
+        config=EngineConfig(max_batch_size=batch_size, max_prefill_tokens=512),
+    )
+    rng = np.random.default_rng(0)
+    for index in range(batch_size):
+        prompt = rng.integers(0, VOCAB_SIZE, context_length).astype(np.int32)
+        engine.submit(Request(str(index), prompt, SamplingParams(max_new_tokens=num_new)))
+    states = list(engine.scheduler.waiting)
+    while any(state.num_steps < 4 for state in states):
+        engine.step()
+    rows: list[dict[str, float]] = []
+    attend = Clock(StepAttention.attend)
+    StepAttention.attend = lambda *args: attend(*args)  # type: ignore[method-assign]
+    try:
+        for _ in range(num_steps):
+            forward.take_ms()
+            attend.take_ms()
+            start = perf_counter()
+            outputs = engine.step()
+            step_ms = 1e3 * (perf_counter() - start)
+            model_ms = forward.take_ms()
+            rows.append(
+                {
+                    "overhead_ms": step_ms - model_ms,
+                    "model_ms": model_ms,
+                    "attention_ms": attend.take_ms(),
+                    "tokens": sum(len(output.new_ids) for output in outputs),
+                }
+            )
+    finally:
+        StepAttention.attend = attend._function  # type: ignore[method-assign]
+    for state in states:
+        engine.cancel(state.request_id)
+    overheads = [row["overhead_ms"] for row in rows]
+    return {
+        "batch_size": batch_size,
+        "context_length": context_length,
+        "num_steps": num_steps,
+        "tokens_per_request_step": statistics.mean(row["tokens"] for row in rows) / batch_size,
+        "overhead_ms": statistics.median(overheads),
+        "overhead_ms_p10": float(np.percentile(overheads, 10)),
+        "overhead_ms_p90": float(np.percentile(overheads, 90)),
+        "model_ms": statistics.median(row["model_ms"] for row in rows),
+        "attention_ms": statistics.median(row["attention_ms"] for row in rows),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the grid; exit status 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(prog="python -m specdec.bench.engine_overhead", description=__doc__)
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--steps", type=int, default=200, help="measured steps of each cell")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    grid = [(size, 512) for size in BATCH_SIZES]
+    grid += [(size, length) for length in CONTEXT_LENGTHS for size in (1, 16) if length != 512]
+    model = copying_model(max(CONTEXT_LENGTHS) + 8 * options.steps)
+    rows = []
+    print(f"{'batch':>5} {'context':>7} {'overhead ms':>11} {'p10':>7} {'p90':>7} {'model ms':>8} {'attention':>9}")
+    for size, length in grid:
+        row = measure(model, size, length, num_steps=options.steps)
+        rows.append(row)
+        print(
+            f"{size:5} {length:7} {row['overhead_ms']:11.3f} {row['overhead_ms_p10']:7.3f} "
+            f"{row['overhead_ms_p90']:7.3f} {row['model_ms']:8.2f} {row['attention_ms']:9.2f}",
+            flush=True,
+        )
+    missed = [
+        f"batch {row['batch_size']}, context {row['context_length']}: {row['overhead_ms']:.3f} ms > {bar} ms"
+        for row in rows
+        if (bar := BARS_MS.get(row["batch_size"])) is not None and row["overhead_ms"] > bar
+    ]
+    if options.json is not None:
+        write_json(options.json, {"tree_nodes": len(PARENTS) - 1, "bars_ms": BARS_MS, "rows": rows, "missed": missed})
+    print("\n".join(missed) or "all bars held")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -106,6 +106,7 @@ def test_sdist_holds_files_not_links(archives: dict[str, Path]):
     assert not [member.name for member in members if member.issym() or member.islnk()]
     names = {member.name.partition("/")[2] for member in members}
     assert shipped_files() | {"LICENSE", "README.md", "pyproject.toml"} <= names
+    assert not [name for name in names if name.startswith("tests/")], "a part of the tests is no use to anybody"
 
 
 @pytest.mark.parametrize("kind", ["wheel", "editable"])

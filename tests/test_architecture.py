@@ -18,7 +18,7 @@ PACKAGES = ("specdec", "drafters", "suffix_tree", "verifier", "kernels", "online
 LAYERS = [
     "specdec.errors specdec.rng specdec.suffix_tree.* specdec.kernels.*",
     "specdec.tree specdec.types",
-    "specdec.protocols specdec.config specdec.sampling specdec.processors specdec.stopping specdec.rope specdec.text",
+    "specdec.protocols specdec.config specdec.sampling specdec.processors.* specdec.stopping specdec.rope specdec.text",
     "specdec.verifier.* specdec.drafters.* specdec.probe specdec.kv_slots specdec.kv_cache specdec.attention"
     " specdec.tree_target specdec.chain_target specdec.plain_target specdec.routes specdec.controller specdec.trace"
     " specdec.toy",

@@ -1,0 +1,149 @@
+"""The target's own token at every node of every tree: processed law, plus noise keyed by (seed, position).
+
+The token at a node is ``argmax(scores)`` (greedy) or ``argmax(scores + gumbel(seed, position))``, which is a draw from
+``softmax(scores)``. Scores are the logits after the request's processors on the node's true prefix. So the token is a
+function of (logits, prefix, parameters, seed, position) and of nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.errors import InternalError
+from specdec.processors import NodeBatch, Op, compile_processors, run
+from specdec.rng import gumbel
+from specdec.types import DraftTree, IntArray, RequestState, TargetOutput
+
+__all__ = ["Sampler"]
+
+
+class _Live:
+    """What the sampler knows of one live request."""
+
+    __slots__ = ("expires_at", "is_plain", "ops", "seed")
+
+    def __init__(self, state: RequestState, ops: list[Op]) -> None:
+        self.seed = None if state.request.sampling.is_greedy else state.request.sampling.seed  # None: greedy
+        self.ops = ops
+        self.drop_expired(state.num_tokens)
+
+    def drop_expired(self, num_tokens: int) -> None:
+        """Forget the processors that change nothing any more once ``num_tokens`` tokens are committed."""
+        self.ops = [op for op in self.ops if op.expires_at is None or op.expires_at > num_tokens]
+        self.expires_at = min((op.expires_at for op in self.ops if op.expires_at is not None), default=None)
+        self.is_plain = self.seed is None and not self.ops
+
+
+class Sampler:
+    """Turns the target's logits into the target's tokens at every node of every tree.
+
+    Args:
+        vocab_size: V, the number of columns of the logits.
+        device: of the logits.
+
+    Example:
+        >>> sampler = Sampler(32000)
+        >>> sampler.start(state)
+        >>> ids = sampler.target_ids([state], [tree], output)  # one token per node
+        >>> sampler.commit(state, ids[:1])
+        >>> state.append(ids[:1])
+    """
+
+    def __init__(self, vocab_size: int, *, device: torch.device | str = "cpu") -> None:
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
+        self._live: dict[str, _Live] = {}
+
+    def start(self, state: RequestState) -> None:
+        """Take up a request: compile its processors.
+
+        Raises:
+            RequestError: a token id of the parameters is outside [0, V), or a processor is none.
+            UnsupportedError: a processor that cannot be applied to a tree; the message names its class.
+        """
+        self._live[state.request_id] = _Live(state, compile_processors(state, self.vocab_size, self.device))
+
+    def stop(self, request_ids: Sequence[str]) -> None:
+        """Forget requests; unknown ones are no error."""
+        for request_id in request_ids:
+            self._live.pop(request_id, None)
+
+    def commit(self, state: RequestState, emitted_ids: Sequence[int] | IntArray) -> None:
+        """Follow the tokens that are about to be appended to ``state``."""
+        live = self._live[state.request_id]
+        if not live.ops:
+            return
+        ids = np.asarray(emitted_ids, dtype=np.int64)
+        for op in live.ops:
+            op.commit(ids)
+        num_tokens = state.num_tokens + len(ids)
+        if live.expires_at is not None and num_tokens >= live.expires_at:
+            live.drop_expired(num_tokens)
+
+    def scores(self, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput) -> Tensor:
+        """The logits of every node after all processors of its request; the law at a node is their softmax.
+
+        Returns:
+            [T, V] float32, always a copy.
+        """
+        nodes = NodeBatch(states, trees, self.device)
+        self._check(nodes.num_nodes, output)
+        scores = output.logits.to(torch.float32, copy=True)
+        run([self._live[state.request_id].ops for state in states], nodes, scores)
+        return scores
+
+    def target_ids(self, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput) -> IntArray:
+        """The target's own token after every node.
+
+        Returns:
+            [T] int32, in the order of ``output.logits``.
+        """
+        live = [self._live[state.request_id] for state in states]
+        busy = [request for request, one in enumerate(live) if not one.is_plain]
+        if not busy:
+            self._check(sum(map(len, trees)), output)
+            return _to_host(output.logits.argmax(dim=-1))
+        if len(busy) == len(live):
+            return _to_host(self._draw(states, trees, output))
+        nodes = NodeBatch(states, trees, self.device)
+        self._check(nodes.num_nodes, output)
+        rows = nodes.rows(busy)
+        some = TargetOutput(output.logits[rows], np.cumsum([0, *(nodes.sizes[r] for r in busy)], dtype=np.int32))
+        ids = output.logits.argmax(dim=-1)
+        ids[rows] = self._draw([states[r] for r in busy], [trees[r] for r in busy], some)
+        return _to_host(ids)
+
+    def _draw(self, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput) -> Tensor:
+        """[T] int64 on the device."""
+        scores = self.scores(states, trees, output)
+        seeds = [self._live[state.request_id].seed for state in states]
+        sampled = [request for request, seed in enumerate(seeds) if seed is not None]
+        if sampled:
+            nodes = NodeBatch(states, trees, self.device)
+            rows = nodes.rows(sampled)
+            scores[rows] += self._noise(nodes, seeds, sampled)
+        return scores.argmax(dim=-1)
+
+    def _noise(self, nodes: NodeBatch, seeds: Sequence[int | None], sampled: Sequence[int]) -> Tensor:
+        """[n, V] float32: the noise of the rows of the sampled requests; nodes of one depth share it."""
+        wanted = np.isin(nodes.request_of_row, sampled)
+        requests, positions = nodes.request_of_row[wanted], nodes.prefix_lengths[wanted]
+        keys, inverse = np.unique(np.stack([requests, positions]), axis=1, return_inverse=True)
+        noise = gumbel([seeds[r] or 0 for r in keys[0]], keys[1], self.vocab_size, device=self.device)
+        if keys.shape[1] == len(inverse) and (np.diff(inverse) > 0).all():  # chains: one node per depth, in order
+            return noise
+        return noise[torch.from_numpy(inverse).to(self.device)]
+
+    def _check(self, num_nodes: int, output: TargetOutput) -> None:
+        if output.logits.shape != (num_nodes, self.vocab_size):
+            raise InternalError(
+                f"logits of shape ({num_nodes}, {self.vocab_size}) were expected, got {tuple(output.logits.shape)}"
+            )
+
+
+def _to_host(ids: Tensor) -> IntArray:
+    return ids.to("cpu", torch.int32).numpy()

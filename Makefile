@@ -80,7 +80,7 @@ $(VENV)/.ready-run $(VENV)/.ready-dev: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo 'specdec needs Python 3.11 or newer: make PYTHON=python3.11 ...'; exit 2; }
 	@echo 'Setting up $(VENV) (once; the first time takes a few minutes)'
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install "$$(grep '^torch==' constraints.txt)"
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.$(EXTRAS)'
 	@touch $@

@@ -1,4 +1,7 @@
-"""Every module says what it offers: ``__all__`` is there, sorted and true, and what it names is documented."""
+"""Every module says what it offers: ``__all__`` is there and true, and what it names is documented.
+
+That it is sorted is ruff's business (RUF022).
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def defined_names(module: str) -> dict[str, ast.stmt]:
 
 
 @pytest.mark.parametrize("module", PUBLIC)
-def test_module_names_its_exports_sorted_real_and_documented(module: str):
+def test_module_names_its_exports_and_they_are_real_and_documented(module: str):
     names = defined_names(module)
     assert ast.get_docstring(TREES[module]), f"{module} needs a docstring: why it exists and what it does not do"
     if "__all__" not in names:
@@ -43,7 +46,6 @@ def test_module_names_its_exports_sorted_real_and_documented(module: str):
         assert not own, f"{module} needs an __all__: it defines {own}"
         return
     exports = ast.literal_eval(names["__all__"].value)  # type: ignore[attr-defined]
-    assert exports == sorted(exports), f"{module}.__all__ is not sorted"
     assert not [name for name in exports if name not in names], f"{module}.__all__ names what is not there"
     for name in exports:
         if isinstance(names[name], ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):

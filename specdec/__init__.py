@@ -1,8 +1,38 @@
-"""Lossless speculative decoding for any Hugging Face causal LM: same tokens, sooner."""
+"""Lossless speculative decoding for any Hugging Face causal LM: the same tokens, sooner.
+
+``import specdec`` loads neither torch nor numba; what needs them is imported when it is first used.
+"""
 
 from __future__ import annotations
 
-from specdec.types import DraftTree, Request, RequestOutput, RequestState, SamplingParams
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from specdec.tree import DraftTree
+from specdec.types import Request, RequestOutput, RequestState, SamplingParams
+
+if TYPE_CHECKING:
+    from specdec.build import build_engine
+    from specdec.engine import Engine
+    from specdec.hf import speculate
 
 __version__ = "0.1.0"
-__all__ = ["DraftTree", "Request", "RequestOutput", "RequestState", "SamplingParams", "__version__"]
+__all__ = [
+    "DraftTree",
+    "Engine",
+    "Request",
+    "RequestOutput",
+    "RequestState",
+    "SamplingParams",
+    "__version__",
+    "build_engine",
+    "speculate",
+]
+
+_LAZY = {"Engine": "specdec.engine", "build_engine": "specdec.build", "speculate": "specdec.hf"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'specdec' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

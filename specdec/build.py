@@ -1,0 +1,125 @@
+"""From names and options to objects: the only place that knows every class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from specdec.config import EngineConfig
+from specdec.controller import BackoffController, FixedController
+from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.none import NoDrafter
+from specdec.engine import Engine
+from specdec.errors import ConfigError
+from specdec.protocols import Controller, Drafter, Observer, TargetModel
+from specdec.probe import probe
+from specdec.sampling import Sampler
+from specdec.tree_target import TreeTarget, kv_bytes_per_token
+from specdec.verifier.match import MatchVerifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["DRAFTERS", "build_drafter", "build_engine", "build_target", "model_max_length"]
+
+# Name on the command line and in ``speculate`` -> class; options are the class's keyword arguments.
+DRAFTERS: Mapping[str, Callable[..., Drafter]] = {"none": NoDrafter, "ngram": NgramDrafter}
+
+_DEFAULT_MAX_LENGTH = 32_768  # for models that state no limit, such as recurrent ones
+_MEMORY_SHARE = 0.25  # of what is free, for the KV pool: weights and activations of others need the rest
+
+
+def build_drafter(drafter: str | Drafter, **options: Any) -> Drafter:
+    """A drafter from its name, or the given object itself.
+
+    Raises:
+        ConfigError: an unknown name, an unknown option, or options for a ready object.
+    """
+    if not isinstance(drafter, str):
+        if options:
+            raise ConfigError(f"options {sorted(options)} need a drafter's name, got a {type(drafter).__name__}")
+        return drafter
+    if drafter not in DRAFTERS:
+        raise ConfigError(f"drafter must be one of {', '.join(sorted(DRAFTERS))}, got {drafter!r}")
+    try:
+        return DRAFTERS[drafter](**options)
+    except TypeError as error:
+        raise ConfigError(f"drafter {drafter!r}: {error}") from None
+
+
+def model_max_length(model: PreTrainedModel) -> int:
+    """The longest context that the model's configuration states, in tokens."""
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(stated) if stated else _DEFAULT_MAX_LENGTH
+
+
+def build_target(model: PreTrainedModel, config: EngineConfig) -> TargetModel:
+    """The target for ``model`` on the best path that it can take.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        config: limits.
+
+    Raises:
+        UnsupportedError: no path can serve this model.
+    """
+    max_length = config.max_length or model_max_length(model)
+    calls = probe(model, limit=max_length)
+    per_token = kv_bytes_per_token(calls, model.dtype)
+    return TreeTarget(
+        model,
+        calls,
+        kv_tokens=config.kv_tokens or _default_kv_tokens(per_token, model.device, config, max_length),
+        max_length=max_length,
+        max_batch_size=config.max_batch_size,
+        max_step_tokens=config.max_prefill_tokens,
+    )
+
+
+def _default_kv_tokens(bytes_per_token: int, device: torch.device, config: EngineConfig, max_length: int) -> int:
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    affordable = int(free * _MEMORY_SHARE) // max(bytes_per_token, 1)
+    return max(min(affordable, config.max_batch_size * max_length), 2)
+
+
+def build_engine(
+    model: PreTrainedModel,
+    drafter: str | Drafter = "ngram",
+    *,
+    budget: int | None = None,
+    controller: Controller | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    drafter_options: Mapping[str, Any] | None = None,
+    observers: Sequence[Observer] = (),
+    **options: Any,
+) -> Engine:
+    """An engine around a Hugging Face causal LM.
+
+    Args:
+        model: the target, in evaluation mode.
+        drafter: a name (see ``DRAFTERS``) or an object.
+        budget: most draft tokens per request and step; 0: plain decoding. None: follows what is accepted.
+        controller: decides budgets in place of ``budget``.
+        tokenizer: for stop strings.
+        drafter_options: keyword arguments of the named drafter.
+        observers: see every step.
+        **options: fields of ``EngineConfig``.
+
+    Raises:
+        ConfigError: an option breaks its rule.
+        UnsupportedError: the model cannot be served.
+    """
+    config = EngineConfig.of(**options)
+    if controller is not None and budget is not None:
+        raise ConfigError("give a budget or a controller, not both")
+    controller = controller or (BackoffController() if budget is None else FixedController(budget))
+    guesser = build_drafter(drafter, **(drafter_options or {}))
+    target = build_target(model, config)
+    verifier = MatchVerifier(Sampler(target.vocab_size, device=model.device))
+    return Engine(target, verifier, guesser, controller, tokenizer=tokenizer, config=config, observers=observers)

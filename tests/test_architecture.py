@@ -25,7 +25,7 @@ LAYERS = [
     "specdec.scheduler specdec.engine",
     "specdec.online_training.*",
     "specdec.build",
-    "specdec.hf specdec.check specdec.doctor specdec.server.* specdec.bench.*",
+    "specdec.hf specdec.check specdec.doctor specdec.demo specdec.server.* specdec.bench.*",
     "specdec specdec.commands.* specdec.cli specdec.__main__",
 ]
 # The engine knows the protocols, never a class that implements one of these.

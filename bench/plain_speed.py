@@ -22,6 +22,8 @@ from specdec.bench.measure import interleave, median_and_spread, write_json
 from specdec.build import build_engine
 from specdec.types import IntArray, Request, SamplingParams
 
+__all__ = ["by_engine", "by_generate", "compare", "main", "random_llama"]
+
 _TINY = Path(__file__).parent / "tiny"
 _RAGGED_LENGTHS = (24, 61, 97, 150, 204, 290, 351, 480)
 

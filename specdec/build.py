@@ -14,8 +14,8 @@ from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.engine import Engine
 from specdec.errors import ConfigError
-from specdec.protocols import Controller, Drafter, Observer, TargetModel
 from specdec.probe import probe
+from specdec.protocols import Controller, Drafter, Observer, TargetModel
 from specdec.sampling import Sampler
 from specdec.tree_target import TreeTarget, kv_bytes_per_token
 from specdec.verifier.match import MatchVerifier

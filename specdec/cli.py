@@ -13,6 +13,7 @@ import typer
 
 from specdec import __version__
 from specdec.commands import printing
+from specdec.commands.generate import generate
 from specdec.errors import InternalError, SpecdecError
 
 __all__ = ["app", "main"]
@@ -42,6 +43,9 @@ def _root(
     ] = False,
 ) -> None:
     """Lossless speculative decoding for any Hugging Face causal LM: the same tokens, sooner."""
+
+
+app.command()(generate)
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ try:
     app({[*([command] if command else []), "--help"]!r})
 except SystemExit as end:
     assert not end.code
-print("loaded:", *(name for name in ("torch", "numba", "transformers", "pydantic") if name in sys.modules))
+print("loaded:", *(name for name in ("torch", "numba", "transformers", "fastapi") if name in sys.modules))
 """
     begin = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -19,6 +19,7 @@ from transformers.generation.logits_process import (
     ForcedEOSTokenLogitsProcessor,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
@@ -44,6 +45,7 @@ _PADDED_COUNTS: Mapping[type, str] = {
     ForcedEOSTokenLogitsProcessor: "max_length",
     MinLengthLogitsProcessor: "min_length",
     MinNewTokensLengthLogitsProcessor: "prompt_length_to_skip",
+    RepetitionPenaltyLogitsProcessor: "prompt_ignore_length",
     SuppressTokensAtBeginLogitsProcessor: "begin_index",
 }
 _UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
@@ -232,7 +234,7 @@ class Speculation:
         for row, prompt in enumerate(_unpadded(input_ids, model_kwargs.get("attention_mask"))):
             sampling = SamplingParams(
                 temperature=1.0 if generation_config.do_sample else 0.0,
-                logits_processors=tuple(_shifted(p, width - len(prompt)) for p in processors),
+                logits_processors=tuple(_shifted(p, row, width - len(prompt)) for p in processors),
                 max_new_tokens=max_new_tokens,
                 stop_token_ids=stop_ids,
                 stop_strings=self.stop_strings,
@@ -283,13 +285,16 @@ def _unpadded(input_ids: torch.Tensor, mask: torch.Tensor | None) -> Iterator[np
         yield kept.numpy().astype(np.int32)
 
 
-def _shifted(processor: Any, num_padding: int) -> Any:
-    """The processor for a row without its padding: counts from the row's start move by ``num_padding``."""
+def _shifted(processor: Any, row: int, num_padding: int) -> Any:
+    """The processor for one row without its padding: counts from the row's start move by ``num_padding``."""
     attribute = _PADDED_COUNTS.get(type(processor))
-    if attribute is None or num_padding == 0:
+    count = getattr(processor, attribute) if attribute is not None else None
+    if count is None or attribute is None:
         return processor
+    if isinstance(count, torch.Tensor):  # one count per row of the batch
+        count = int(count[row])
     own = copy.copy(processor)
-    setattr(own, attribute, getattr(processor, attribute) - num_padding)
+    setattr(own, attribute, max(count - num_padding, 0))
     return own
 
 

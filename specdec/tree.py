@@ -117,6 +117,11 @@ class DraftTree:
             raise ValueError(f"parents must satisfy 0 <= parents[i] < i, got {self.parents.tolist()}")
         if (self.token_ids < 0).any() or (self.token_ids >= vocab_size).any():
             raise ValueError(f"token ids must be in [0, {vocab_size}), got {self.token_ids.tolist()}")
+        for name, values in (("values", self.values), ("sources", self.sources), ("draft_probs", self.draft_probs)):
+            if values is not None and len(values) != len(self):
+                raise ValueError(f"{name} must have one row per node, got {len(values)} for {len(self)} nodes")
+        if self.values is not None and not (self.values[0] == 1 and ((self.values >= 0) & (self.values <= 1)).all()):
+            raise ValueError(f"values must be in [0, 1] and 1 at the root, got {self.values.tolist()}")
         edges = {(int(p), int(t)) for p, t in zip(self.parents[1:], self.token_ids[1:], strict=True)}
         if len(edges) != self.num_draft_tokens:
             raise ValueError("siblings must carry different tokens")

@@ -95,6 +95,10 @@ class SamplingParams:
     stopping_criteria: tuple[StoppingCriterion, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens", "max_new_tokens", "seed"):
+            value = getattr(self, name)
+            is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+            _require(is_int, name, "an integer", value)
         _require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", ">= 0", self.temperature)
         _require(self.top_k >= 0, "top_k", ">= 0 (0 = off)", self.top_k)
         _require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
@@ -102,7 +106,9 @@ class SamplingParams:
         _require(0 < self.typical_p <= 1, "typical_p", "in (0, 1]", self.typical_p)
         _require(0 <= self.epsilon_cutoff < 1, "epsilon_cutoff", "in [0, 1)", self.epsilon_cutoff)
         _require(0 <= self.eta_cutoff < 1, "eta_cutoff", "in [0, 1)", self.eta_cutoff)
-        _require(self.repetition_penalty > 0, "repetition_penalty", "> 0", self.repetition_penalty)
+        _require(
+            0 < self.repetition_penalty < math.inf, "repetition_penalty", "> 0 and finite", self.repetition_penalty
+        )
         _require(math.isfinite(self.presence_penalty), "presence_penalty", "finite", self.presence_penalty)
         _require(math.isfinite(self.frequency_penalty), "frequency_penalty", "finite", self.frequency_penalty)
         _require(self.no_repeat_ngram_size >= 0, "no_repeat_ngram_size", ">= 0 (0 = off)", self.no_repeat_ngram_size)
@@ -134,10 +140,15 @@ class Request:
     tenant: str = ""
 
     def __post_init__(self) -> None:
-        ids = np.ascontiguousarray(self.prompt_ids, dtype=np.int32)
-        if ids.ndim != 1 or len(ids) == 0:
-            raise RequestError(f"prompt_ids must be a non-empty list of token ids, got shape {ids.shape}")
-        object.__setattr__(self, "prompt_ids", ids)
+        given = np.asarray(self.prompt_ids)
+        if given.ndim != 1 or len(given) == 0:
+            raise RequestError(f"prompt_ids must be a non-empty list of token ids, got shape {given.shape}")
+        if given.dtype.kind not in "iu":
+            raise RequestError(f"prompt_ids must be integers, got {given.dtype}")
+        if given.min() < 0 or given.max() >= 2**31:
+            bad = given[(given < 0) | (given >= 2**31)][0]
+            raise RequestError(f"prompt_ids must be in [0, 2**31), got {bad}")
+        object.__setattr__(self, "prompt_ids", given.astype(np.int32))  # a copy: the caller's may change
 
 
 class RequestState:

@@ -287,7 +287,7 @@ def _attend_special(
     if sinks is not None:
         column = sinks.to(scores.dtype).view(num_kv_heads, per_kv, 1, 1).expand(-1, -1, num_tokens, 1)
         scores = torch.cat((scores, column), dim=-1)
-    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
     if sinks is not None:
         weights = weights[..., :-1]
     return torch.matmul(weights, v[:, None])

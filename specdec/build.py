@@ -122,4 +122,8 @@ def build_engine(
     guesser = build_drafter(drafter, **(drafter_options or {}))
     target = build_target(model, config)
     verifier = MatchVerifier(Sampler(target.vocab_size, device=model.device))
+    for part in (guesser, verifier):
+        warmup = getattr(part, "warmup", None)  # compiles what is not compiled yet, so that no request waits for it
+        if warmup is not None:
+            warmup()
     return Engine(target, verifier, guesser, controller, tokenizer=tokenizer, config=config, observers=observers)

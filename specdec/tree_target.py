@@ -54,7 +54,7 @@ class TreeTarget:
         max_step_tokens: most query tokens of one step.
 
     Raises:
-        ConfigError: a size is below 1.
+        ConfigError: a size is below 1, or the model is in training mode.
     """
 
     supports_trees = True
@@ -70,7 +70,14 @@ class TreeTarget:
         max_batch_size: int,
         max_step_tokens: int,
     ) -> None:
-        for name, value in (("kv_tokens", kv_tokens), ("max_length", max_length), ("max_batch_size", max_batch_size)):
+        if model.training:
+            raise ConfigError("the model must be in evaluation mode: call model.eval() first, or dropout would act")
+        for name, value in (
+            ("kv_tokens", kv_tokens),
+            ("max_length", max_length),
+            ("max_batch_size", max_batch_size),
+            ("max_step_tokens", max_step_tokens),
+        ):
             if value < 1:
                 raise ConfigError(f"{name} must be >= 1, got {value}")
         self.model = model

@@ -147,7 +147,10 @@ class Engine:
         if not parts:
             return outputs
         try:
-            self._run(parts, outputs)
+            try:
+                self._run(parts, outputs)
+            finally:  # whatever failed: a request that has its last token must not go on
+                self._finish([(out.state, out.finish_reason) for out in outputs if out.finish_reason is not None])
         except BaseException:
             for part in parts:
                 self.scheduler.reset(part.state)
@@ -170,12 +173,9 @@ class Engine:
         emitted = self._commit(chunks, decoding, results, outputs)
         times.append(perf_counter())
         events = _events(decoding, output, results, emitted, times)
-        try:
-            observers: tuple[Controller | Drafter | Observer, ...] = (self.controller, self.drafter, *self.observers)
-            for observer in observers:
-                observer.observe(events)
-        finally:
-            self._finish([(out.state, out.finish_reason) for out in outputs if out.finish_reason is not None])
+        observers: tuple[Controller | Drafter | Observer, ...] = (self.controller, self.drafter, *self.observers)
+        for observer in observers:
+            observer.observe(events)
 
     def _propose(self, parts: Sequence[Part]) -> dict[str, DraftTree]:
         states = [part.state for part in parts if part.decodes]
@@ -236,7 +236,11 @@ class Engine:
         emitted: list[tuple[IntArray, FinishReason | None]] = []
         for chunk, result in zip(decoding, results, strict=True):
             new_ids = np.append(result.accepted_ids, np.int32(result.bonus_id))
-            count, reason = self._stops[chunk.state.request_id].cut(chunk.state.token_ids, new_ids)
+            try:
+                count, reason = self._stops[chunk.state.request_id].cut(chunk.state.token_ids, new_ids)
+            except Exception as error:
+                error.add_note(f"raised by the stopping criteria of request {chunk.state.request_id!r}")
+                raise
             emitted.append((new_ids[:count], reason))
             # The last emitted token is the next root: its KV is not kept, also where it was a draft token.
             keep[chunk.state.request_id] = [0, *result.accepted_nodes[: count - 1].tolist()]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import specdec.toy
+import specdec.toy.target
 import specdec.verifier.match
 from specdec.errors import ConfigError, InternalError
 from specdec.protocols import Drafter, TargetModel
@@ -36,7 +37,7 @@ def chunk_of(target: ToyTarget, state: RequestState, prefix: Sequence[int], tree
     return chunk
 
 
-@pytest.mark.parametrize("module", [specdec.toy, specdec.verifier.match])
+@pytest.mark.parametrize("module", [specdec.toy, specdec.toy.target, specdec.verifier.match])
 def test_the_examples_of_the_docstrings_are_true(module: object) -> None:
     result = doctest.testmod(module)  # type: ignore[arg-type]
     assert result.attempted > 0

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from specdec.errors import InternalError
 from specdec.processors import NodeBatch, Op, compile_processors, run
-from specdec.rng import gumbel
+from specdec.rng import gumbel_argmax
 from specdec.types import DraftTree, IntArray, RequestState, TargetOutput
 
 __all__ = ["Sampler"]
@@ -90,11 +90,7 @@ class Sampler:
         Returns:
             [T, V] float32, always a copy.
         """
-        nodes = NodeBatch(states, trees, self.device)
-        self._check(nodes.num_nodes, output)
-        scores = output.logits.to(torch.float32, copy=True)
-        run([self._live[state.request_id].ops for state in states], nodes, scores)
-        return scores
+        return self._processed(NodeBatch(states, trees, self.device), output)
 
     def target_ids(self, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput) -> IntArray:
         """The target's own token after every node.
@@ -106,43 +102,52 @@ class Sampler:
         busy = [request for request, one in enumerate(live) if not one.is_plain]
         if not busy:
             self._check(sum(map(len, trees)), output)
-            return _to_host(output.logits.argmax(dim=-1))
+            return _to_host(_argmax(output.logits))
         if len(busy) == len(live):
             return _to_host(self._draw(states, trees, output))
         nodes = NodeBatch(states, trees, self.device)
         self._check(nodes.num_nodes, output)
         rows = nodes.rows(busy)
         some = TargetOutput(output.logits[rows], np.cumsum([0, *(nodes.sizes[r] for r in busy)], dtype=np.int32))
-        ids = output.logits.argmax(dim=-1)
+        ids = _argmax(output.logits)
         ids[rows] = self._draw([states[r] for r in busy], [trees[r] for r in busy], some)
         return _to_host(ids)
 
     def _draw(self, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput) -> Tensor:
-        """[T] int64 on the device."""
-        scores = self.scores(states, trees, output)
+        """[T] int64 on the device: greedy requests take the best score, the others draw."""
+        nodes = NodeBatch(states, trees, self.device)
+        scores = self._processed(nodes, output)
         seeds = [self._live[state.request_id].seed for state in states]
         sampled = [request for request, seed in enumerate(seeds) if seed is not None]
-        if sampled:
-            nodes = NodeBatch(states, trees, self.device)
-            rows = nodes.rows(sampled)
-            scores[rows] += self._noise(nodes, seeds, sampled)
-        return scores.argmax(dim=-1)
+        if not sampled:
+            return _argmax(scores)
+        row_seeds = np.repeat(np.array([seed or 0 for seed in seeds], dtype=np.uint64), nodes.sizes)
+        if len(sampled) == len(seeds):
+            return gumbel_argmax(scores, row_seeds, nodes.prefix_lengths)
+        ids = _argmax(scores)
+        rows = nodes.rows(sampled)
+        chosen = rows if isinstance(rows, slice) else rows.cpu().numpy()
+        ids[rows] = gumbel_argmax(scores[rows], row_seeds[chosen], nodes.prefix_lengths[chosen])
+        return ids
 
-    def _noise(self, nodes: NodeBatch, seeds: Sequence[int | None], sampled: Sequence[int]) -> Tensor:
-        """[n, V] float32: the noise of the rows of the sampled requests; nodes of one depth share it."""
-        wanted = np.isin(nodes.request_of_row, sampled)
-        requests, positions = nodes.request_of_row[wanted], nodes.prefix_lengths[wanted]
-        keys, inverse = np.unique(np.stack([requests, positions]), axis=1, return_inverse=True)
-        noise = gumbel([seeds[r] or 0 for r in keys[0]], keys[1], self.vocab_size, device=self.device)
-        if keys.shape[1] == len(inverse) and (np.diff(inverse) > 0).all():  # chains: one node per depth, in order
-            return noise
-        return noise[torch.from_numpy(inverse).to(self.device)]
+    def _processed(self, nodes: NodeBatch, output: TargetOutput) -> Tensor:
+        self._check(nodes.num_nodes, output)
+        scores = output.logits.to(torch.float32, copy=True)
+        run([self._live[state.request_id].ops for state in nodes.states], nodes, scores)
+        return scores
 
     def _check(self, num_nodes: int, output: TargetOutput) -> None:
         if output.logits.shape != (num_nodes, self.vocab_size):
             raise InternalError(
                 f"logits of shape ({num_nodes}, {self.vocab_size}) were expected, got {tuple(output.logits.shape)}"
             )
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """[T] int64: ``scores.argmax(-1)``, first index first; numpy is ten times as fast on the CPU."""
+    if scores.is_cpu and scores.dtype == torch.float32:
+        return torch.from_numpy(scores.numpy().argmax(axis=-1))
+    return scores.argmax(dim=-1)
 
 
 def _to_host(ids: Tensor) -> IntArray:

@@ -32,10 +32,11 @@ def make_tree(rng: np.random.Generator, state: RequestState, max_draft_tokens: i
     return random_tree(rng, 7, max_draft_tokens, root=int(state.token_ids[-1]))
 
 
-def make_logits(rng: np.random.Generator, num_rows: int, vocab_size: int = VOCAB_SIZE) -> Tensor:
-    """Random logits with exact ties."""
+def make_logits(rng: np.random.Generator, num_rows: int, vocab_size: int = VOCAB_SIZE, *, ties: bool = True) -> Tensor:
+    """Random logits, with exact ties unless they are unwanted."""
     values = rng.normal(0, 3, size=(num_rows, vocab_size)).astype(np.float32)
-    values[:, ::5] = np.round(values[:, ::5])
+    if ties:
+        values[:, ::5] = np.round(values[:, ::5])
     return torch.from_numpy(values)
 
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec import rng
-from specdec.rng import DRAFT, TARGET, gumbel, gumbel_torch, uniforms
+from specdec import philox, rng
+from specdec.rng import DRAFT, TARGET, gumbel, gumbel_argmax, gumbel_torch, uniforms
 
 torch.set_num_threads(1)
 
@@ -39,7 +39,7 @@ def words(seed, position, num, stream=TARGET):
     """The raw words behind a row, from the compiled implementation."""
     out = np.empty((num + 3) // 4 * 4, dtype=np.uint32)
     key, place = rng._words_of("seeds", [seed])[0], rng._words_of("positions", [position])[0]
-    rng._fill_words(key, np.uint32(stream), place[0], place[1], out)
+    philox.fill_words(key, np.uint32(stream), place[0], place[1], out)
     return out[:num]
 
 
@@ -47,7 +47,7 @@ def words(seed, position, num, stream=TARGET):
 def test_philox_gives_the_published_known_answers(counter, key, answer):
     c = [torch.tensor([word]) for word in hex_words(counter)]
     k = tuple(torch.tensor([word]) for word in hex_words(key))
-    assert [int(word) for word in rng._philox_torch(tuple(c), k)] == hex_words(answer)
+    assert [int(word) for word in philox.philox_torch(tuple(c), k)] == hex_words(answer)
     assert philox_oracle(hex_words(counter), hex_words(key)) == hex_words(answer)
 
 
@@ -106,11 +106,11 @@ def log_arguments():
 def test_the_logarithm_is_within_one_ulp_of_the_library_in_both_implementations():
     x = log_arguments()
     expected = np.array([math.log(value) for value in x])
-    plain = rng._log_torch(torch.from_numpy(x)).numpy()
-    compiled = np.array([rng._log(value) for value in x])
+    plain = philox.log_torch(torch.from_numpy(x)).numpy()
+    compiled = np.array([philox.log(value) for value in x])
     assert (plain.view(np.int64) == compiled.view(np.int64)).all()
     assert (np.abs(plain - expected) <= np.spacing(np.abs(expected))).all()
-    assert rng._log(1.0) == 0.0
+    assert philox.log(1.0) == 0.0
 
 
 def test_the_noise_is_the_double_logarithm_of_the_documented_uniform():
@@ -121,7 +121,7 @@ def test_the_noise_is_the_double_logarithm_of_the_documented_uniform():
 
 def test_the_extreme_words_give_the_documented_range():
     x = torch.tensor([0.0, 2.0**32 - 1], dtype=torch.float64)
-    noise = -rng._log_torch(-rng._log_torch(1.0 - (x + 0.5) * 2.0**-32))
+    noise = -philox.log_torch(-philox.log_torch(1.0 - (x + 0.5) * 2.0**-32))
     assert noise[0] == pytest.approx(33 * math.log(2), abs=1e-9)
     assert noise[1] == pytest.approx(-math.log(33 * math.log(2)), abs=1e-9)
 
@@ -181,6 +181,55 @@ def test_the_argmax_of_log_law_plus_noise_follows_the_law_by_chi_square():
     counts = torch.bincount(drawn, minlength=6).double()
     expected = law.double() * n
     assert ((counts - expected) ** 2 / expected).sum() < 25.74  # 5 degrees of freedom, p = 1e-4
+
+
+@settings(max_examples=60)
+@given(
+    data=st.data(),
+    vocab_size=st.integers(1, 600),
+    spread=st.sampled_from([0.0, 0.5, 3.0, 30.0]),
+    round_to=st.sampled_from([0.25, 1e-6]),
+    share_banned=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
+)
+def test_the_draw_is_the_argmax_of_scores_plus_noise(data, vocab_size, spread, round_to, share_banned):
+    generator = np.random.default_rng(data.draw(st.integers(0, 999)))
+    scores = generator.normal(0, spread, size=(3, vocab_size)).astype(np.float32)
+    scores = np.round(scores / np.float32(round_to)) * np.float32(round_to)
+    scores[generator.random(scores.shape) < share_banned] = -np.inf
+    seeds, positions = (
+        data.draw(st.lists(U64, min_size=3, max_size=3)),
+        data.draw(st.lists(U64, min_size=3, max_size=3)),
+    )
+    scores = torch.from_numpy(scores)
+    expected = (scores + gumbel(seeds, positions, vocab_size, device="cpu")).argmax(-1)
+    assert torch.equal(gumbel_argmax(scores, seeds, positions), expected)
+
+
+def test_the_draw_from_a_large_vocabulary_is_the_argmax_of_scores_plus_noise():
+    seeds, positions = [5] * 8, list(range(8))
+    for scores in (torch.zeros(8, 60_001), gumbel([9] * 8, positions, 60_001, device="cpu", stream=DRAFT) * 4):
+        expected = (scores + gumbel(seeds, positions, 60_001, device="cpu")).argmax(-1)
+        assert torch.equal(gumbel_argmax(scores, seeds, positions), expected)
+
+
+def test_no_word_has_more_noise_than_its_bound_says():
+    powers = 2 ** np.arange(32, dtype=np.int64)
+    near = np.concatenate([powers + step for step in (-2, -1, 0, 1, 2)])
+    tried = np.concatenate([near[(near >= 0) & (near < 2**32)].astype(np.uint32), words(1, 2, 20_000)])
+    slack = [
+        float(philox._BOUND_OFFSET - philox._BOUND_SLOPE * np.float32(np.float32(word).view(np.int32)))
+        - float(philox.noise(word))
+        for word in tried
+    ]
+    assert min(slack) > 5e-4  # half of the margin
+
+
+@pytest.mark.gpu
+def test_the_draw_is_the_same_on_the_gpu():
+    scores = gumbel([9] * 6, list(range(6)), 151_936, device="cpu", stream=DRAFT) * 4
+    seeds, positions = [3, 3, 3, 2**64 - 1, 4, 3], [8, 8, 9, 2**40, 0, 8]
+    drawn = gumbel_argmax(scores.cuda(), seeds, positions)
+    assert torch.equal(drawn.cpu(), gumbel_argmax(scores, seeds, positions))
 
 
 def test_uniforms_are_the_words_in_the_open_unit_interval():

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from specdec.errors import RequestError
+from specdec.processors import cpu
 from specdec.processors.nodes import Index, NodeBatch
 from specdec.types import LogitsProcessor
 
-__all__ = ["Op", "PerNode", "divide_", "edit", "run"]
+__all__ = ["Op", "PerNode", "ban_", "divide_", "edit", "run"]
 
 
 class Op:
@@ -66,6 +67,14 @@ def edit(scores: Tensor, rows: slice | Tensor, change: Callable[[Tensor], object
     change(block)
     if not isinstance(rows, slice):
         scores[rows] = block
+
+
+def ban_(scores: Tensor, banned: Tensor) -> None:
+    """``scores[banned] = -inf``, in place."""
+    if scores.is_cpu:
+        cpu.ban(scores.numpy(), banned.numpy())
+    else:
+        scores.masked_fill_(banned, -float("inf"))
 
 
 def divide_(scores: Tensor, divisor: Tensor) -> Tensor:

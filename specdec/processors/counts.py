@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.processors.base import Op, divide_, edit
+from specdec.processors import cpu
+from specdec.processors.base import Op, ban_, divide_, edit
 from specdec.processors.nodes import Index, NodeBatch
 from specdec.types import IntArray
 
@@ -27,17 +28,20 @@ class _SeenTokens(Op):
         device: of the scores.
     """
 
-    __slots__ = ("_device", "_seen")
+    __slots__ = ("_seen",)
 
     def __init__(self, seen_ids: IntArray, vocab_size: int, device: torch.device) -> None:
         super().__init__()
-        self._device = device
         self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         self.commit(seen_ids.astype(np.int64))
 
     def commit(self, ids: Index) -> None:
         # A prompt may hold ids that the model cannot predict: its input vocabulary may be the larger one.
-        self._seen[torch.from_numpy(ids[ids < len(self._seen)]).to(self._device)] = True
+        ids = ids[ids < len(self._seen)]
+        if self._seen.is_cpu:
+            self._seen.numpy()[ids] = True
+        else:
+            self._seen[torch.from_numpy(ids).to(self._seen.device)] = True
 
     @staticmethod
     def seen(ops: Sequence[_SeenTokens], requests: Sequence[int], nodes: NodeBatch) -> Tensor:
@@ -56,7 +60,7 @@ class NoRepeatToken(_SeenTokens):
     @classmethod
     def apply(cls, ops: Sequence[NoRepeatToken], requests: Sequence[int], nodes: NodeBatch, scores: Tensor) -> None:
         seen = cls.seen(ops, requests, nodes)
-        edit(scores, nodes.rows(requests), lambda block: block.masked_fill_(seen, -float("inf")))
+        edit(scores, nodes.rows(requests), lambda block: ban_(block, seen))
 
 
 class RepetitionPenalty(_SeenTokens):
@@ -80,6 +84,20 @@ class RepetitionPenalty(_SeenTokens):
 
     @classmethod
     def apply(cls, ops: Sequence[RepetitionPenalty], requests: Sequence[int], nodes: NodeBatch, scores: Tensor) -> None:
+        if not scores.is_cpu:
+            cls.apply_torch(ops, requests, nodes, scores)
+            return
+        rows = scores.numpy()
+        for op, request in zip(ops, requests, strict=True):
+            tree, penalty = nodes.trees[request], np.float32(op._penalty)
+            seen = op._seen.numpy()
+            cpu.penalise_repeated(rows[nodes.span(request)], seen, tree.token_ids, tree.parents, penalty)
+
+    @classmethod
+    def apply_torch(
+        cls, ops: Sequence[RepetitionPenalty], requests: Sequence[int], nodes: NodeBatch, scores: Tensor
+    ) -> None:
+        """``apply`` in torch operations over [n, V], for any device."""
         seen = cls.seen(ops, requests, nodes)
         penalty = nodes.per_row([op._penalty for op in ops], requests)
 
@@ -103,24 +121,41 @@ class OutputPenalty(Op):
     Source: the OpenAI API reference, "frequency and presence penalties".
     """
 
-    __slots__ = ("_counts", "_device", "_frequency", "_presence")
+    __slots__ = ("_counts", "_frequency", "_presence")
     rank = 11
 
     def __init__(
         self, presence: float, frequency: float, output_ids: IntArray, vocab_size: int, device: torch.device
     ) -> None:
         super().__init__()
-        self._presence, self._frequency, self._device = presence, frequency, device
+        self._presence, self._frequency = presence, frequency
         self._counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
         self.commit(output_ids.astype(np.int64))
 
     def commit(self, ids: Index) -> None:
         ids = ids[ids < len(self._counts)]
-        index = torch.from_numpy(ids).to(self._device)
-        self._counts.index_add_(0, index, torch.ones(len(ids), device=self._device))
+        if self._counts.is_cpu:
+            np.add.at(self._counts.numpy(), ids, np.float32(1))
+        else:
+            index = torch.from_numpy(ids).to(self._counts.device)
+            self._counts.index_add_(0, index, torch.ones_like(index, dtype=torch.float32))
 
     @classmethod
     def apply(cls, ops: Sequence[OutputPenalty], requests: Sequence[int], nodes: NodeBatch, scores: Tensor) -> None:
+        if not scores.is_cpu:
+            cls.apply_torch(ops, requests, nodes, scores)
+            return
+        rows = scores.numpy()
+        for op, request in zip(ops, requests, strict=True):
+            tree, counts = nodes.trees[request], op._counts.numpy()
+            frequency, presence = np.float32(op._frequency), np.float32(op._presence)
+            cpu.subtract_counts(rows[nodes.span(request)], counts, tree.token_ids, tree.parents, frequency, presence)
+
+    @classmethod
+    def apply_torch(
+        cls, ops: Sequence[OutputPenalty], requests: Sequence[int], nodes: NodeBatch, scores: Tensor
+    ) -> None:
+        """``apply`` in torch operations over [n, V], for any device."""
         counts = torch.stack([op._counts for op in ops])[nodes.local_request(requests)]  # [n, V]
         pairs = nodes.path_tokens(requests)
         counts.index_put_(pairs, torch.ones(len(pairs[0]), device=scores.device), accumulate=True)

@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from specdec.processors.base import Op, divide_, edit
+from specdec.processors import cpu
+from specdec.processors.base import Op, ban_, divide_, edit
 from specdec.processors.nodes import NodeBatch
 
 __all__ = [
@@ -26,8 +27,6 @@ __all__ = [
     "TopP",
     "TypicalP",
 ]
-
-_NEGATIVE_INFINITY = -float("inf")
 
 
 class _Warper(Op):
@@ -69,9 +68,17 @@ class TopK(_Warper):
 
     @staticmethod
     def _warp(block: Tensor, values: Tensor) -> None:
+        if block.is_cpu:
+            cpu.keep_top_k(block.numpy(), values.long().clamp_(max=block.shape[-1]).flatten().numpy())
+        else:
+            TopK.warp_torch(block, values)
+
+    @staticmethod
+    def warp_torch(block: Tensor, values: Tensor) -> None:
+        """The same in torch operations, for any device."""
         k = values.long().clamp_(max=block.shape[-1])
         largest = torch.topk(block, int(k.max()), dim=-1).values
-        block.masked_fill_(block < largest.gather(-1, k - 1), _NEGATIVE_INFINITY)
+        ban_(block, block < largest.gather(-1, k - 1))
 
 
 class TopP(_Warper):
@@ -82,11 +89,19 @@ class TopP(_Warper):
 
     @staticmethod
     def _warp(block: Tensor, values: Tensor) -> None:
+        if block.is_cpu:
+            cpu.keep_top_p(block.numpy(), block.softmax(dim=-1).numpy(), values.flatten().numpy())
+        else:
+            TopP.warp_torch(block, values)
+
+    @staticmethod
+    def warp_torch(block: Tensor, values: Tensor) -> None:
+        """The same in torch operations, for any device."""
         # Stable, unlike in transformers: which of several equal scores stay must depend on the row alone.
         ordered, order = torch.sort(block, dim=-1, stable=True)
         removed = ordered.softmax(dim=-1).cumsum(dim=-1) <= values
         removed[:, -1] = False
-        block.masked_fill_(removed.scatter(1, order, removed), _NEGATIVE_INFINITY)
+        ban_(block, removed.scatter(1, order, removed))
 
 
 class MinP(_Warper):
@@ -98,7 +113,7 @@ class MinP(_Warper):
     @staticmethod
     def _warp(block: Tensor, values: Tensor) -> None:
         probs = block.softmax(dim=-1)
-        block.masked_fill_(probs < values * probs.amax(dim=-1, keepdim=True), _NEGATIVE_INFINITY)
+        ban_(block, probs < values * probs.amax(dim=-1, keepdim=True))
 
 
 class TypicalP(_Warper):
@@ -116,12 +131,11 @@ class TypicalP(_Warper):
         terms = log_probs * log_probs.exp()
         # Row by row: the order of a sum over many columns depends on the number of rows of the tensor.
         entropy = torch.stack([-row.nansum(-1, keepdim=True) for row in terms.unbind()])  # [n, 1]
-        distance, order = torch.sort((-log_probs - entropy).abs(), dim=-1, stable=True)
+        surprise = (-log_probs - entropy).abs()
+        distance, order = torch.sort(surprise, dim=-1, stable=True)
         mass = block.gather(-1, order).softmax(dim=-1).cumsum(dim=-1)
         last = (mass < values).sum(dim=1, keepdim=True).clamp_(max=block.shape[-1] - 1)
-        removed = distance > distance.gather(1, last)
-        removed[:, 0] = False
-        block.masked_fill_(removed.scatter(1, order, removed), _NEGATIVE_INFINITY)
+        ban_(block, surprise > distance.gather(1, last))
 
 
 class EpsilonCutoff(_Warper):
@@ -178,7 +192,7 @@ class Normalize(_Warper):
 def _cut_below(block: Tensor, threshold: Tensor) -> None:
     removed = block.softmax(dim=-1) < threshold
     removed &= block < block.amax(dim=-1, keepdim=True)
-    block.masked_fill_(removed, _NEGATIVE_INFINITY)
+    ban_(block, removed)
 
 
 def _entropy(row: Tensor) -> Tensor:

@@ -1,0 +1,201 @@
+"""The target for models that cannot verify a tree in one pass: one transformers cache per request, drafts are chains.
+
+Recurrent and hybrid models have one state and one order, so a branch cannot share a pass with its sibling. A chain can;
+when a part of it is rejected the state must go back. Attention layers are cropped. A recurrent or convolutional state
+cannot be: it is put back to what it was before the step, and the accepted tokens are fed again *together with the
+next step's tokens*, so that a rejection costs a few more tokens in the next forward and no forward of its own.
+
+Each request is one row of its own: flattening or padding requests together would leak state between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from specdec.errors import ConfigError, InternalError, UnsupportedError
+from specdec.row_forward import RowForward, Rows, join_rows, vocab_size_of
+from specdec.types import Chunk, IntArray, RequestState, TargetOutput
+
+__all__ = ["ChainTarget"]
+
+# Accepted tokens that wait to be fed again. More than this and they get a forward of their own: a long tail would
+# make every following step pay for it.
+_MAX_PENDING = 32
+# Layers that only ever replace their tensors (by concatenation or slicing): a reference is as good as a copy.
+_REPLACING = {"keys", "values", "indexer_keys", "indexer_position_ids"}
+
+
+@dataclass(slots=True)
+class _Row:
+    """One request's cache.
+
+    ``num_cached`` committed tokens count as cached: the first ``position`` of them are in ``cache``, the others are
+    ``pending``. While a step is open, ``step_ids`` are the tokens that its forward added to the cache.
+    """
+
+    cache: Any
+    num_cached: int = 0
+    num_held: int = 0  # tokens counted against the capacity: cached and reserved
+    position: int = 0
+    pending: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+    step_ids: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+    before: list[dict[str, Any]] | None = None  # the layers as they were before the step
+
+
+class ChainTarget:
+    """A ``TargetModel`` over transformers' own caches.
+
+    Args:
+        model: a causal LM of transformers in evaluation mode.
+        kv_tokens: tokens that all requests together may hold.
+        max_length: most tokens of one request.
+        max_draft_tokens: most draft tokens of a chain.
+        hidden_layers: whose states drafters read, as indices into ``output_hidden_states``.
+
+    Raises:
+        ConfigError: a size is outside its rule.
+        UnsupportedError: the model takes no cache, or transformers has no cache class for one of its layers.
+    """
+
+    supports_trees = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        kv_tokens: int,
+        max_length: int,
+        max_draft_tokens: int = 64,
+        hidden_layers: tuple[int, ...] = (),
+    ) -> None:
+        for name, value in (("kv_tokens", kv_tokens), ("max_length", max_length)):
+            if value < 1:
+                raise ConfigError(f"{name} must be >= 1, got {value}")
+        if max_draft_tokens < 0:
+            raise ConfigError(f"max_draft_tokens must be >= 0, got {max_draft_tokens}")
+        self.vocab_size = vocab_size_of(model)
+        self.kv_tokens = kv_tokens
+        self.max_length = max_length
+        self.max_draft_tokens = max_draft_tokens
+        self._row = RowForward(model, hidden_layers=hidden_layers)
+        self._config: Any = getattr(model, "config", None)
+        self._rows: dict[str, _Row] = {}
+        self._num_held = 0
+        self._crops = False
+        self._crops = self._learn_to_crop()
+
+    def reserve(self, state: RequestState, num_tokens: int) -> bool:
+        if not self.has_room(num_tokens):
+            return False
+        row = self._rows.get(state.request_id)
+        if row is None:
+            row = self._rows[state.request_id] = _Row(self._new_cache())
+        row.num_held += num_tokens
+        self._num_held += num_tokens
+        return True
+
+    def has_room(self, num_tokens: int) -> bool:
+        return self._num_held + num_tokens <= self.kv_tokens
+
+    def fits(self, num_tokens: int) -> bool:
+        return num_tokens <= min(self.kv_tokens, self.max_length)
+
+    def forward(self, chunks: Sequence[Chunk]) -> TargetOutput:
+        rows = [self._forward_one(chunk) for chunk in chunks]
+        return join_rows([row for row in rows if row is not None], self.vocab_size, self._row.device)
+
+    def commit(self, chunks: Sequence[Chunk], keep: Sequence[Sequence[int]]) -> None:
+        for chunk, nodes in zip(chunks, keep, strict=True):
+            row = self._rows[chunk.state.request_id]
+            num_new = len(chunk.prefix_ids) + len(nodes)
+            num_dropped = chunk.num_tokens - num_new
+            if self._crops:
+                row.cache.crop(-num_dropped)  # 0 too: it trims sliding windows, which record their past during a step
+                row.position += num_new
+            elif num_dropped:
+                _put_back(row.cache, row.before)
+                row.pending = row.step_ids[: len(row.step_ids) - num_dropped]
+            else:
+                row.position += len(row.step_ids)
+                row.pending = row.pending[:0]
+            row.before = None
+            row.num_cached += num_new
+            self._num_held += row.num_cached - row.num_held
+            row.num_held = row.num_cached
+
+    def release(self, state: RequestState) -> None:
+        row = self._rows.pop(state.request_id, None)
+        if row is not None:
+            self._num_held -= row.num_held
+
+    def _forward_one(self, chunk: Chunk) -> Rows | None:
+        request_id, tree = chunk.state.request_id, chunk.tree
+        row = self._rows[request_id]
+        if row.num_cached != chunk.state.num_cached:
+            raise InternalError(
+                f"request {request_id}: {row.num_cached} cached tokens, {chunk.state.num_cached} expected"
+            )
+        if tree is not None and not tree.is_chain:
+            raise InternalError(f"request {request_id}: a tree with branches went to a chain target")
+        if len(row.pending) > _MAX_PENDING:
+            self._row(row.pending, first_row=len(row.pending) - 1, position=row.position, cache=row.cache)
+            row.position += len(row.pending)
+            row.pending = row.pending[:0]
+        new_ids = chunk.prefix_ids if tree is None else np.concatenate((chunk.prefix_ids, tree.token_ids))
+        row.step_ids = np.concatenate((row.pending, new_ids))
+        can_drop = tree is not None and tree.num_draft_tokens > 0
+        row.before = _take_down(row.cache) if can_drop and not self._crops else None
+        num_wanted = 1 if tree is None else len(tree)
+        first_row = len(row.step_ids) - num_wanted
+        out = self._row(row.step_ids, first_row=first_row, position=row.position, cache=row.cache)
+        return None if tree is None else out
+
+    def _new_cache(self) -> Any:
+        cache = DynamicCache(config=self._config.get_text_config(decoder=True))
+        if self._crops:
+            cache.activate_past_recording()
+        return cache
+
+    def _learn_to_crop(self) -> bool:
+        """True if every layer can drop its last tokens; known for sure only once each layer has held some."""
+        name = type(self._row.model).__name__
+        if self._row.cache_name is None:
+            raise UnsupportedError(f"{name}.forward takes no cache")
+        try:
+            cache = self._new_cache()
+            self._row(np.array([3, 4], dtype=np.int32), first_row=1, cache=cache)
+        except Exception as error:
+            raise UnsupportedError(
+                f"{name} does not run with transformers' DynamicCache: {type(error).__name__}: {error}"
+            ) from error
+        return bool(cache.is_croppable)
+
+
+def _take_down(cache: Any) -> list[dict[str, Any]]:
+    """Every layer's attributes; tensors that a forward may change in place are copied."""
+    return [{name: _copy(name, value) for name, value in vars(layer).items()} for layer in cache.layers]
+
+
+def _put_back(cache: Any, before: list[dict[str, Any]] | None) -> None:
+    if before is None or len(before) != len(cache.layers):
+        raise InternalError("tokens of a step were dropped, but the state before it is not known")
+    for layer, attributes in zip(cache.layers, before, strict=True):
+        vars(layer).clear()
+        vars(layer).update(attributes)
+
+
+def _copy(name: str, value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value if name in _REPLACING else value.clone()
+    if isinstance(value, dict):
+        return {key: _copy("", inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copy("", inner) for inner in value)
+    return value

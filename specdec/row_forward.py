@@ -1,0 +1,98 @@
+"""One request's tokens through a Hugging Face model, the ordinary way: one row, the model's own attention and cache.
+
+The chain target, the plain target and the self-test's reference all go through here, so that "an ordinary forward"
+means one thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from specdec.errors import UnsupportedError
+from specdec.probe import forward_inputs, input_device
+from specdec.types import IntArray, TargetOutput
+
+__all__ = ["RowForward", "Rows", "join_rows", "vocab_size_of"]
+
+# Logits [n, V] and hidden states [n, layers * E] of n tokens.
+Rows: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def vocab_size_of(model: Any) -> int:
+    """V: how many token ids the model has logits for."""
+    return int(model.config.get_text_config().vocab_size)
+
+
+class RowForward:
+    """Runs single rows of tokens through a model, with only the inputs that its forward declares.
+
+    Args:
+        model: a causal LM of transformers in evaluation mode.
+        hidden_layers: whose states to return, as indices into ``output_hidden_states``.
+
+    Raises:
+        UnsupportedError: the forward does not take ``input_ids``.
+    """
+
+    def __init__(self, model: nn.Module, *, hidden_layers: tuple[int, ...] = ()) -> None:
+        self.model = model
+        self.device = input_device(model)
+        self.hidden_layers = hidden_layers
+        self._inputs = forward_inputs(model)
+        if "input_ids" not in self._inputs:
+            raise UnsupportedError(f"{type(model).__name__}.forward takes no input_ids, so it is not a text model")
+
+    @property
+    def cache_name(self) -> str | None:
+        """Name of the argument that takes a cache; None: the model has none."""
+        return next((name for name in ("past_key_values", "cache_params") if name in self._inputs), None)
+
+    def __call__(self, token_ids: IntArray, *, first_row: int, position: int = 0, cache: Any = None) -> Rows:
+        """Logits of the tokens from index ``first_row`` on.
+
+        Args:
+            token_ids: [T] int32, T >= 1.
+            first_row: in [0, T).
+            position: of the first token; what came before is in ``cache``.
+            cache: a transformers cache to read and extend; None: the row stands alone and nothing is cached.
+
+        Returns:
+            Logits [T - first_row, V] and the asked-for hidden states [T - first_row, layers * E], or None.
+        """
+        num_tokens = len(token_ids)
+        everything = {
+            "input_ids": torch.from_numpy(token_ids).to(self.device, torch.long)[None],
+            "position_ids": torch.arange(position, position + num_tokens, device=self.device)[None],
+            "attention_mask": torch.ones(1, position + num_tokens, dtype=torch.long, device=self.device),
+            "use_cache": cache is not None,
+            # Always an index tensor: an int makes some models with shared KV drop queries of earlier layers too.
+            "logits_to_keep": torch.arange(first_row, num_tokens, device=self.device),
+        }
+        inputs = {name: value for name, value in everything.items() if name in self._inputs}
+        if cache is not None and self.cache_name is not None:
+            inputs[self.cache_name] = cache
+        if self.hidden_layers:
+            inputs["output_hidden_states"] = True
+        with torch.no_grad():
+            out = self.model(**inputs)
+        logits: torch.Tensor = out.logits[0]
+        if len(logits) != num_tokens - first_row:
+            logits = logits[first_row:]
+        hidden = None
+        if self.hidden_layers:
+            hidden = torch.cat([out.hidden_states[layer][0, first_row:] for layer in self.hidden_layers], dim=-1)
+        return logits, hidden
+
+
+def join_rows(rows: Sequence[Rows], vocab_size: int, device: torch.device) -> TargetOutput:
+    """The output of a step from the rows of its trees, in order."""
+    if not rows:
+        return TargetOutput(torch.empty(0, vocab_size, device=device), np.zeros(1, dtype=np.int32))
+    cu_nodes = np.cumsum([0, *(len(logits) for logits, _ in rows)], dtype=np.int32)
+    hidden = [states for _, states in rows if states is not None]
+    return TargetOutput(torch.cat([logits for logits, _ in rows]), cu_nodes, torch.cat(hidden) if hidden else None)

@@ -6,6 +6,9 @@ cannot be: it is put back to what it was before the step, and the accepted token
 next step's tokens*, so that a rejection costs a few more tokens in the next forward and no forward of its own.
 
 Each request is one row of its own: flattening or padding requests together would leak state between them.
+
+With ``max_draft_tokens=0`` the target feeds what ``model.generate`` feeds, the whole prompt at once and then token by
+token, for models whose cache takes more than one token at a time only at the start.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ class _Row:
     """One request's cache.
 
     ``num_cached`` committed tokens count as cached: the first ``position`` of them are in ``cache``, the others are
-    ``pending``. While a step is open, ``step_ids`` are the tokens that its forward added to the cache.
+    ``pending``. While a step is open, ``step_ids`` are ``pending`` and its own tokens.
     """
 
     cache: Any
@@ -46,6 +49,7 @@ class _Row:
     position: int = 0
     pending: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int32))
     step_ids: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+    is_fed: bool = True  # False: this step held its tokens back
     before: list[dict[str, Any]] | None = None  # the layers as they were before the step
 
 
@@ -56,7 +60,7 @@ class ChainTarget:
         model: a causal LM of transformers in evaluation mode.
         kv_tokens: tokens that all requests together may hold.
         max_length: most tokens of one request.
-        max_draft_tokens: most draft tokens of a chain.
+        max_draft_tokens: most draft tokens of a chain; 0: plain decoding, prompts are never cut into pieces.
         hidden_layers: whose states drafters read, as indices into ``output_hidden_states``.
 
     Raises:
@@ -89,7 +93,7 @@ class ChainTarget:
         self._rows: dict[str, _Row] = {}
         self._num_held = 0
         self._crops = False
-        self._crops = self._learn_to_crop()
+        self._crops = self._learn_to_crop() and max_draft_tokens > 0
 
     def reserve(self, state: RequestState, num_tokens: int) -> bool:
         if not self.has_room(num_tokens):
@@ -116,15 +120,16 @@ class ChainTarget:
             row = self._rows[chunk.state.request_id]
             num_new = len(chunk.prefix_ids) + len(nodes)
             num_dropped = chunk.num_tokens - num_new
+            kept_ids = row.step_ids[: len(row.step_ids) - num_dropped]
             if self._crops:
                 row.cache.crop(-num_dropped)  # 0 too: it trims sliding windows, which record their past during a step
-                row.position += num_new
             elif num_dropped:
                 _put_back(row.cache, row.before)
-                row.pending = row.step_ids[: len(row.step_ids) - num_dropped]
+            if not row.is_fed or (num_dropped and not self._crops):
+                row.pending = kept_ids
             else:
-                row.position += len(row.step_ids)
-                row.pending = row.pending[:0]
+                row.pending = kept_ids[:0]
+                row.position += len(kept_ids)
             row.before = None
             row.num_cached += num_new
             self._num_held += row.num_cached - row.num_held
@@ -144,18 +149,22 @@ class ChainTarget:
             )
         if tree is not None and not tree.is_chain:
             raise InternalError(f"request {request_id}: a tree with branches went to a chain target")
-        if len(row.pending) > _MAX_PENDING:
-            self._row(row.pending, first_row=len(row.pending) - 1, position=row.position, cache=row.cache)
+        new_ids = chunk.prefix_ids if tree is None else np.concatenate((chunk.prefix_ids, tree.token_ids))
+        if self.max_draft_tokens and len(row.pending) > _MAX_PENDING:
+            self._feed(row, row.pending, num_wanted=1)
             row.position += len(row.pending)
             row.pending = row.pending[:0]
-        new_ids = chunk.prefix_ids if tree is None else np.concatenate((chunk.prefix_ids, tree.token_ids))
         row.step_ids = np.concatenate((row.pending, new_ids))
+        row.is_fed = tree is not None or self.max_draft_tokens > 0
+        if not row.is_fed:
+            return None
         can_drop = tree is not None and tree.num_draft_tokens > 0
         row.before = _take_down(row.cache) if can_drop and not self._crops else None
-        num_wanted = 1 if tree is None else len(tree)
-        first_row = len(row.step_ids) - num_wanted
-        out = self._row(row.step_ids, first_row=first_row, position=row.position, cache=row.cache)
+        out = self._feed(row, row.step_ids, num_wanted=1 if tree is None else len(tree))
         return None if tree is None else out
+
+    def _feed(self, row: _Row, token_ids: IntArray, num_wanted: int) -> Rows:
+        return self._row(token_ids, first_row=len(token_ids) - num_wanted, position=row.position, cache=row.cache)
 
     def _new_cache(self) -> Any:
         cache = DynamicCache(config=self._config.get_text_config(decoder=True))
@@ -175,7 +184,9 @@ class ChainTarget:
             raise UnsupportedError(
                 f"{name} does not run with transformers' DynamicCache: {type(error).__name__}: {error}"
             ) from error
-        return bool(cache.is_croppable)
+        # Layer classes of single models may inherit the flag without being able to.
+        general = all(type(layer).__module__ == DynamicCache.__module__ for layer in cache.layers)
+        return general and bool(cache.is_croppable)
 
 
 def _take_down(cache: Any) -> list[dict[str, Any]]:
@@ -184,8 +195,9 @@ def _take_down(cache: Any) -> list[dict[str, Any]]:
 
 
 def _put_back(cache: Any, before: list[dict[str, Any]] | None) -> None:
-    if before is None or len(before) != len(cache.layers):
+    if before is None:
         raise InternalError("tokens of a step were dropped, but the state before it is not known")
+    del cache.layers[len(before) :]  # made by the step itself, in caches that grow their layers on first use
     for layer, attributes in zip(cache.layers, before, strict=True):
         vars(layer).clear()
         vars(layer).update(attributes)

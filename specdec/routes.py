@@ -4,8 +4,9 @@
 | --- | --- | --- |
 | tree | send all its attention through transformers' interface, causal, with nothing unknown in it | batches of trees |
 | chain | run with transformers' own cache, several tokens at a time | chains, one row per request |
+| chain, no drafts | run with transformers' own cache, token by token | plain decoding, one row per request |
 | plain | have a causal forward | chains, everything recomputed in each step |
-| plain, no drafts | have a forward | plain decoding |
+| plain, no drafts | have a forward | plain decoding, everything recomputed in each step |
 
 Rules only sort out what cannot work; a self-test against ordinary forwards then decides. Every demotion keeps its
 reason in words.
@@ -17,25 +18,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from specdec.chain_target import ChainTarget
 from specdec.errors import ConfigError, UnsupportedError
-from specdec.plain_target import PlainTarget
 from specdec.probe import CallSpec, probe
 from specdec.protocols import TargetModel
+from specdec.reference import Reference
 from specdec.row_forward import RowForward, vocab_size_of
-from specdec.self_test import (
-    NUM_REQUESTS,
-    NUM_TOKENS,
-    Reference,
-    relative_errors,
-    rounding,
-    run_self_test,
-    scripted_ids,
-)
+from specdec.self_test import NUM_REQUESTS, NUM_TOKENS, run_decoding_test, run_self_test
 from specdec.tree_target import TreeTarget
 
 __all__ = ["Route", "RouteKind", "TargetFactories", "choose_route"]
@@ -51,7 +43,7 @@ class Route:
         kind: the path.
         reasons: why each better path was not taken, one sentence each, best path first; for "refused", why.
         calls: what the probe saw; empty if it saw nothing.
-        can_draft: False: plain decoding only, because a token's logits depend on the tokens after it.
+        can_draft: False: plain decoding only; the target is to be built with ``max_draft_tokens=0``.
     """
 
     kind: RouteKind
@@ -62,7 +54,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class TargetFactories:
-    """How to build a small target of each kind for the self-test."""
+    """How to build the small targets that the self-test tries. The plain target needs no test: it is the reference."""
 
     tree: Callable[[Any, tuple[CallSpec, ...], int], TargetModel] = field(
         default=lambda model, calls, max_length: TreeTarget(
@@ -74,11 +66,10 @@ class TargetFactories:
             max_step_tokens=NUM_TOKENS,
         )
     )
-    chain: Callable[[Any, int], TargetModel] = field(
-        default=lambda model, max_length: ChainTarget(model, kv_tokens=NUM_TOKENS, max_length=max_length)
-    )
-    plain: Callable[[Any, int], TargetModel] = field(
-        default=lambda model, max_length: PlainTarget(model, max_length=max_length)
+    chain: Callable[[Any, int, int], TargetModel] = field(
+        default=lambda model, max_length, max_draft_tokens: ChainTarget(
+            model, kv_tokens=NUM_TOKENS, max_length=max_length, max_draft_tokens=max_draft_tokens
+        )
     )
 
 
@@ -108,28 +99,51 @@ def choose_route(
         return Route("refused", (refusal,))
     factories = factories or TargetFactories()
     calls, tree_problem = _probed(model, max_length)
-    reasons = []
-    reference = None
-    if self_test:
-        reference, problem = _reference(model)
-        if reference is None:
-            return Route("refused", (problem or "",), calls)
-        if not reference.is_causal:
-            why = "tree, chain, drafts: a token's logits depend on the tokens after it"
-            return Route("plain", (why,), calls, can_draft=False)
+    if not self_test:
+        return Route("tree", (), calls) if tree_problem is None else Route("chain", (f"tree: {tree_problem}",), calls)
+    try:
+        reference = Reference.of(model, RowForward(model), vocab_size_of(model))
+    except Exception as error:  # noqa: BLE001  -- a model that cannot do this cannot be served, whatever it raised
+        why = f"{type(model).__name__} cannot generate from text alone: {type(error).__name__}: {error}"
+        return Route("refused", (why,), calls)
+    if not reference.generates_ordinarily or not reference.is_causal:
+        return _without_drafts(model, reference, calls, max_length, factories)
     windows = sorted({call.window for call in calls if call.window is not None})
-    if tree_problem is None and reference is not None:
-        tree_problem = _tried(lambda: factories.tree(model, calls, max_length), reference, windows)
+    if tree_problem is None:
+        tree_problem = _tried(
+            lambda: factories.tree(model, calls, max_length), lambda t: run_self_test(t, reference, windows=windows)
+        )
     if tree_problem is None:
         return Route("tree", (), calls)
-    reasons.append(f"tree: {tree_problem}")
-    chain_problem = None
-    if reference is not None:
-        chain_problem = _tried(lambda: factories.chain(model, max_length), reference, windows)
-    if chain_problem is None:
+    reasons = [f"tree: {tree_problem}"]
+    problem = _tried(
+        lambda: factories.chain(model, max_length, 64), lambda t: run_self_test(t, reference, windows=windows)
+    )
+    if problem is None:
         return Route("chain", tuple(reasons), calls)
-    reasons.append(f"chain: {chain_problem}")
+    reasons.append(f"chain: {problem}")
+    problem = _tried(lambda: factories.chain(model, max_length, 0), lambda t: run_decoding_test(t, reference))
+    if problem is None:
+        return Route("chain", tuple(reasons), calls, can_draft=False)
+    reasons.append(f"chain without drafts: {problem}")
     return Route("plain", tuple(reasons), calls)
+
+
+def _without_drafts(
+    model: Any, reference: Reference, calls: tuple[CallSpec, ...], max_length: int, factories: TargetFactories
+) -> Route:
+    """The route of a model for which several tokens in one forward are not the same as one after the other."""
+    if reference.generates_ordinarily:
+        why = "all drafts: a token's logits depend on the tokens after it"
+        return Route("plain", (why,), calls, can_draft=False)
+    why = (
+        "all drafts: its generate computes other logits than an ordinary forward over the same tokens (relative error "
+        f"{reference.generate_error:.2g})"
+    )
+    problem = _tried(lambda: factories.chain(model, max_length, 0), lambda t: run_decoding_test(t, reference))
+    if problem is None:
+        return Route("chain", (why,), calls, can_draft=False)
+    return Route("refused", (f"{type(model).__name__}: {why}; {problem}",), calls)
 
 
 def _refusal(model: Any) -> str | None:
@@ -179,44 +193,10 @@ def _cache_problem(model: Any) -> str | None:
     return f"its cache keeps more than keys and values: {', '.join(odd)}" if odd else None
 
 
-def _reference(model: Any) -> tuple[Reference | None, str | None]:
-    """Ordinary forwards of the model, if they are what its ``generate`` does."""
-    name = type(model).__name__
-    try:
-        reference = Reference.of(RowForward(model), vocab_size_of(model))
-        problem = _generate_problem(model, reference)
-    except Exception as error:  # noqa: BLE001  -- a model that cannot do this cannot be served, whatever it raised
-        return None, f"{name} cannot run an ordinary forward on text alone: {type(error).__name__}: {error}"
-    return (reference, None) if problem is None else (None, f"{name}: {problem}")
-
-
-def _generate_problem(model: Any, reference: Reference) -> str | None:
-    """Why two tokens of ``model.generate`` come from other logits than ordinary forwards, or None."""
-    prompt = scripted_ids(vocab_size_of(model), 12, salt=5)
-    config = GenerationConfig(
-        max_new_tokens=2,
-        min_new_tokens=2,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        pad_token_id=0,
-    )
-    input_ids = torch.from_numpy(prompt).to(reference.row.device, torch.long)[None]
-    out = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config)
-    sequence = out.sequences[0].cpu().numpy().astype(prompt.dtype)
-    if len(sequence) < len(prompt) + len(out.logits):
-        return "its generate returns something else than the prompt and its continuation"
-    for step, logits in enumerate(out.logits):
-        expected, _ = reference.row(sequence[: len(prompt) + step], first_row=len(prompt) + step - 1)
-        error = float(relative_errors(logits, expected).max())
-        if error > max(10 * rounding(expected.dtype), reference.tolerance(expected.dtype)):
-            return f"its generate uses other logits than an ordinary forward (relative error {error:.2g})"
-    return None
-
-
-def _tried(build: Callable[[], TargetModel], reference: Reference, windows: list[int]) -> str | None:
+def _tried(build: Callable[[], TargetModel], test: Callable[[TargetModel], str | None]) -> str | None:
+    """Why a target cannot be used: its constructor refuses the model, or it fails the test. None: it can."""
     try:
         target = build()
     except UnsupportedError as error:
         return str(error)
-    return run_self_test(target, reference, windows=windows)
+    return test(target)

@@ -65,14 +65,17 @@ class RowForward:
             Logits [T - first_row, V] and the asked-for hidden states [T - first_row, layers * E], or None.
         """
         num_tokens = len(token_ids)
-        everything = {
+        everything: dict[str, Any] = {
             "input_ids": torch.from_numpy(token_ids).to(self.device, torch.long)[None],
             "position_ids": torch.arange(position, position + num_tokens, device=self.device)[None],
-            "attention_mask": torch.ones(1, position + num_tokens, dtype=torch.long, device=self.device),
+            "attention_mask": torch.ones(1, num_tokens, dtype=torch.long, device=self.device),
             "use_cache": cache is not None,
             # Always an index tensor: an int makes some models with shared KV drop queries of earlier layers too.
             "logits_to_keep": torch.arange(first_row, num_tokens, device=self.device),
         }
+        if position:
+            # All ones anyway; recurrent models multiply their one new token by it and would need it cut to size.
+            del everything["attention_mask"]
         inputs = {name: value for name, value in everything.items() if name in self._inputs}
         if cache is not None and self.cache_name is not None:
             inputs[self.cache_name] = cache

@@ -1,88 +1,35 @@
-"""Does a target compute what ordinary forwards of the same model compute? A few short forwards decide.
+"""Does a target compute what the model itself computes? A few short forwards decide.
 
 Flags of a model class are neither necessary nor sufficient, so a path that looks right is tried before it is trusted:
 two requests of different length go through prefill in pieces, a tree with a rejected branch and a rejected tail, a
 tree that is rejected whole, and an accepted chain. Which tokens are "accepted" is scripted, so nothing is sampled, and
-every node's logits must be those of an ordinary forward over the tokens on the path to it.
+every node's logits must be those of an ordinary forward over the tokens on the path to it. Ordinary forwards in turn
+must be what ``model.generate`` does, which a transcript of a few of its tokens shows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from specdec.protocols import TargetModel
-from specdec.row_forward import RowForward
+from specdec.reference import ROUNDING, Reference, relative_errors, scripted_ids
 from specdec.types import Chunk, DraftTree, IntArray, Request, RequestState
 
-__all__ = ["NUM_REQUESTS", "NUM_TOKENS", "Reference", "run_self_test"]
+__all__ = ["NUM_REQUESTS", "NUM_TOKENS", "run_decoding_test", "run_self_test"]
 
 NUM_REQUESTS = 2
 NUM_TOKENS = 640  # room that a target needs for the script
 _SHORT = 6
 _MAX_WINDOW = 256  # longer windows are left to the probe's predicate: crossing them would make the test expensive
-
-# Largest relative error of a node's logits that counts as rounding, beside what two ordinary forwards of the model
-# show themselves. A wrong mask, position or state changes logits by the order of their own spread. Rounding grows
-# with depth: units of 2^-8 (bfloat16) and 2^-11 (float16) reach a few percent and about one percent over tens of
-# layers; in float32 1e-4 leaves three orders for badly conditioned models.
-_ROUNDING = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
-_ROUNDING_FLOAT32 = 1e-4
-_NOISE_FACTOR = 8  # the noise is seen on one pair of forwards, the test takes the worst node of many
 _NUM_ROUNDS = 3  # low precision only: a router's near-tie hits a random node, a mistake hits the same one each round
 
-
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """What ordinary forwards of the model are like.
-
-    Args:
-        row: runs them.
-        noise: relative error between rows of a forward and of a shorter one: the model's own rounding.
-        is_causal: a token's logits do not depend on the tokens after it.
-    """
-
-    row: RowForward
-    noise: float
-    is_causal: bool
-
-    @classmethod
-    def of(cls, row: RowForward, vocab_size: int) -> Reference:
-        """Learn noise and causality from two forwards."""
-        token_ids = scripted_ids(vocab_size, 24, salt=9)
-        long, _ = row(token_ids, first_row=0)
-        short, _ = row(token_ids[:17], first_row=0)
-        noise = float(relative_errors(long[:17], short).max())
-        is_causal = noise <= 10 * rounding(long.dtype)
-        return cls(row, noise if is_causal else 0.0, is_causal)
-
-    def tolerance(self, dtype: torch.dtype) -> float:
-        """Largest relative error that is rounding."""
-        return max(rounding(dtype), _NOISE_FACTOR * self.noise)
-
-
-def rounding(dtype: torch.dtype) -> float:
-    """Relative error that logits of this dtype may have over a deep model."""
-    return _ROUNDING.get(dtype, _ROUNDING_FLOAT32)
-
-
-def scripted_ids(vocab_size: int, count: int, *, salt: int) -> IntArray:
-    """[count] int32 token ids spread over the vocabulary by a multiplicative hash, neighbours different."""
-    index = np.arange(1, count + 1, dtype=np.uint64) + np.uint64(1009 * (salt + 1))
-    hashed = (index * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)
-    first = min(4, vocab_size - 1)  # ids below are padding and other marks in most vocabularies
-    return (first + hashed % np.uint64(vocab_size - first)).astype(np.int32)
-
-
-def relative_errors(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """[n] float32: per row, error over spread, both root mean squares over the vocabulary; inf where not finite."""
-    logits, expected = logits.float(), expected.float()
-    spread = (expected - expected.mean(-1, keepdim=True)).square().mean(-1).sqrt().clamp_min(1e-12)
-    errors = (logits - expected).square().mean(-1).sqrt() / spread
-    return torch.where(torch.isfinite(errors), errors, torch.inf)
+# A request, how many prefix tokens it feeds, its tree, the nodes to keep, the token that follows them.
+_Part: TypeAlias = tuple[RequestState, int, DraftTree | None, Sequence[int], int]
 
 
 @dataclass(slots=True)
@@ -92,8 +39,8 @@ class _Script:
     target: TargetModel
     seen: list[tuple[IntArray, torch.Tensor]]
 
-    def step(self, chunks: Sequence[tuple[RequestState, int, DraftTree | None, Sequence[int], int]]) -> None:
-        """Forward and commit chunks of (state, prefix tokens, tree, nodes to keep, token that follows them)."""
+    def step(self, chunks: Sequence[_Part]) -> None:
+        """Forward and commit one chunk per part."""
         made = []
         for state, num_prefix, tree, _, _ in chunks:
             chunk = Chunk(state, state.token_ids[state.num_cached : state.num_cached + num_prefix].copy(), tree)
@@ -199,7 +146,7 @@ def run_self_test(target: TargetModel, reference: Reference, *, windows: Sequenc
         tolerance = reference.tolerance(dtype)
         if float(worst.max()) <= tolerance:
             return None
-        if dtype not in _ROUNDING:
+        if dtype not in ROUNDING:
             break
     assert worst is not None
     num_wrong = int((worst > tolerance).sum())
@@ -207,3 +154,38 @@ def run_self_test(target: TargetModel, reference: Reference, *, windows: Sequenc
         f"the self-test found {num_wrong} of {len(worst)} nodes with other logits than ordinary forwards: relative "
         f"error {float(worst.max()):.2g}, rounding explains {tolerance:.2g}"
     )
+
+
+def run_decoding_test(target: TargetModel, reference: Reference) -> str | None:
+    """Decode the transcripts' prompts side by side, without drafts, against the logits of ``model.generate``.
+
+    Returns:
+        None if every token agreed, else what went wrong, in words.
+    """
+    states = [
+        RequestState(Request(f"self-test-{index}", transcript.token_ids[: transcript.num_prompt_tokens]))
+        for index, transcript in enumerate(reference.transcripts)
+    ]
+    script = _Script(target, [])
+    errors = []
+    try:
+        script.step([(state, 2, None, [], 0) for state in states])
+        for step in range(len(reference.transcripts[0].logits)):
+            script.seen = []
+            parts: list[_Part] = []
+            for state, transcript in zip(states, reference.transcripts, strict=True):
+                root = DraftTree.root_only(int(state.token_ids[-1]))
+                bonus = int(transcript.token_ids[state.num_tokens])
+                parts.append((state, state.num_tokens - 1 - state.num_cached, root, [0], bonus))
+            script.step(parts)
+            for (_, logits), transcript in zip(script.seen, reference.transcripts, strict=True):
+                errors.append(float(relative_errors(logits[None], transcript.logits[step][None])))
+    except Exception as error:  # noqa: BLE001  -- whatever a model raises here, another path is the answer
+        return f"decoding token by token raised {type(error).__name__}: {error}"
+    finally:
+        for state in states:
+            target.release(state)
+    tolerance = reference.tolerance(reference.transcripts[0].logits.dtype)
+    if max(errors) <= tolerance:
+        return None
+    return f"decoding token by token gives other logits than generate: relative error {max(errors):.2g}"

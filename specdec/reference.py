@@ -1,0 +1,134 @@
+"""What a model computes by itself: ordinary forwards, and a transcript of a few tokens of its ``generate``.
+
+The self-test holds targets against this. Errors are relative to the spread of a row of logits, so that one number
+fits every model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+
+from specdec.errors import UnsupportedError
+from specdec.row_forward import RowForward
+from specdec.types import IntArray
+
+__all__ = ["ROUNDING", "Reference", "Transcript", "relative_errors", "rounding", "scripted_ids"]
+
+# Largest relative error of a node's logits that counts as rounding, beside what two ordinary forwards of the model
+# show themselves. A wrong mask, position or state changes logits by the order of their own spread. Rounding grows
+# with depth: units of 2^-8 (bfloat16) and 2^-11 (float16) reach a few percent and about one percent over tens of
+# layers; in float32 1e-4 leaves three orders for badly conditioned models.
+ROUNDING = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_ROUNDING_FLOAT32 = 1e-4
+_NOISE_FACTOR = 8  # the noise is seen on one pair of forwards, the test takes the worst node of many
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Transcript:
+    """A prompt and a few greedy tokens of ``model.generate``.
+
+    Args:
+        token_ids: [P + n] int32.
+        num_prompt_tokens: P.
+        logits: [n, V]: the unprocessed scores that each of the n tokens came from.
+    """
+
+    token_ids: IntArray
+    num_prompt_tokens: int
+    logits: torch.Tensor
+
+    @classmethod
+    def of(cls, model: Any, device: torch.device, prompt: IntArray, num_new_tokens: int) -> Transcript:
+        """Let the model generate.
+
+        Raises:
+            UnsupportedError: what it returns is not the prompt and its continuation.
+        """
+        config = GenerationConfig(
+            max_new_tokens=num_new_tokens,
+            min_new_tokens=num_new_tokens,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,
+        )
+        input_ids = torch.from_numpy(prompt).to(device, torch.long)[None]
+        out = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config)
+        token_ids = out.sequences[0].cpu().numpy().astype(np.int32)
+        if len(token_ids) != len(prompt) + num_new_tokens or not np.array_equal(token_ids[: len(prompt)], prompt):
+            raise UnsupportedError("its generate returns something else than the prompt and its continuation")
+        return cls(token_ids, len(prompt), torch.cat(list(out.logits)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reference:
+    """What the model computes by itself.
+
+    Args:
+        row: runs ordinary forwards.
+        noise: relative error between rows of a forward and of a shorter one: the model's own rounding.
+        is_causal: a token's logits do not depend on the tokens after it.
+        transcripts: what its ``generate`` does with two prompts.
+        generate_error: largest relative error between the transcripts' logits and ordinary forwards.
+    """
+
+    row: RowForward
+    noise: float
+    is_causal: bool
+    transcripts: tuple[Transcript, Transcript]
+    generate_error: float
+
+    @classmethod
+    def of(cls, model: Any, row: RowForward, vocab_size: int) -> Reference:
+        """Learn all of it from a few short forwards."""
+        token_ids = scripted_ids(vocab_size, 24, salt=9)
+        long, _ = row(token_ids, first_row=0)
+        short, _ = row(token_ids[:17], first_row=0)
+        noise = float(relative_errors(long[:17], short).max())
+        is_causal = noise <= 10 * rounding(long.dtype)
+        transcripts = (
+            Transcript.of(model, row.device, token_ids[:12], 3),
+            Transcript.of(model, row.device, token_ids[12:19], 3),
+        )
+        errors = []
+        for transcript in transcripts:
+            for step, logits in enumerate(transcript.logits):
+                end = transcript.num_prompt_tokens + step
+                expected, _ = row(transcript.token_ids[:end], first_row=end - 1)
+                errors.append(float(relative_errors(logits[None], expected)))
+        return cls(row, noise if is_causal else 0.0, is_causal, transcripts, max(errors))
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """Largest relative error that is rounding."""
+        return max(rounding(dtype), _NOISE_FACTOR * self.noise)
+
+    @property
+    def generates_ordinarily(self) -> bool:
+        """True if ``generate`` computes what ordinary forwards compute."""
+        return self.generate_error <= self.tolerance(self.transcripts[0].logits.dtype)
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Relative error that logits of this dtype may have over a deep model."""
+    return ROUNDING.get(dtype, _ROUNDING_FLOAT32)
+
+
+def scripted_ids(vocab_size: int, count: int, *, salt: int) -> IntArray:
+    """[count] int32 token ids spread over the vocabulary by a multiplicative hash, neighbours different."""
+    index = np.arange(1, count + 1, dtype=np.uint64) + np.uint64(1009 * (salt + 1))
+    hashed = (index * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)
+    first = min(4, vocab_size - 1)  # ids below are padding and other marks in most vocabularies
+    return (first + hashed % np.uint64(vocab_size - first)).astype(np.int32)
+
+
+def relative_errors(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """[n] float32: per row, error over spread, both root mean squares over the vocabulary; inf where not finite."""
+    logits, expected = logits.float(), expected.float()
+    spread = (expected - expected.mean(-1, keepdim=True)).square().mean(-1).sqrt().clamp_min(1e-12)
+    errors = (logits - expected).square().mean(-1).sqrt() / spread
+    return torch.where(torch.isfinite(errors), errors, torch.inf)

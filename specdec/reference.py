@@ -17,13 +17,13 @@ from specdec.errors import UnsupportedError
 from specdec.row_forward import RowForward
 from specdec.types import IntArray
 
-__all__ = ["ROUNDING", "Reference", "Transcript", "relative_errors", "rounding", "scripted_ids"]
+__all__ = ["Reference", "Transcript", "relative_errors", "rounding", "scripted_ids"]
 
 # Largest relative error of a node's logits that counts as rounding, beside what two ordinary forwards of the model
 # show themselves. A wrong mask, position or state changes logits by the order of their own spread. Rounding grows
 # with depth: units of 2^-8 (bfloat16) and 2^-11 (float16) reach a few percent and about one percent over tens of
 # layers; in float32 1e-4 leaves three orders for badly conditioned models.
-ROUNDING = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_ROUNDING = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _ROUNDING_FLOAT32 = 1e-4
 _NOISE_FACTOR = 8  # the noise is seen on one pair of forwards, the test takes the worst node of many
 
@@ -90,7 +90,7 @@ class Reference:
         long, _ = row(token_ids, first_row=0)
         short, _ = row(token_ids[:17], first_row=0)
         noise = float(relative_errors(long[:17], short).max())
-        is_causal = noise <= 10 * rounding(long.dtype)
+        is_causal = noise <= 10 * rounding(row.dtype)
         transcripts = (
             Transcript.of(model, row.device, token_ids[:12], 3),
             Transcript.of(model, row.device, token_ids[12:19], 3),
@@ -103,19 +103,25 @@ class Reference:
                 errors.append(float(relative_errors(logits[None], expected)))
         return cls(row, noise if is_causal else 0.0, is_causal, transcripts, max(errors))
 
-    def tolerance(self, dtype: torch.dtype) -> float:
+    @property
+    def tolerance(self) -> float:
         """Largest relative error that is rounding."""
-        return max(rounding(dtype), _NOISE_FACTOR * self.noise)
+        return max(rounding(self.row.dtype), _NOISE_FACTOR * self.noise)
+
+    @property
+    def is_low_precision(self) -> bool:
+        """True if the model computes in 16 bits or less."""
+        return self.row.dtype in _ROUNDING
 
     @property
     def generates_ordinarily(self) -> bool:
         """True if ``generate`` computes what ordinary forwards compute."""
-        return self.generate_error <= self.tolerance(self.transcripts[0].logits.dtype)
+        return self.generate_error <= self.tolerance
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Relative error that logits of this dtype may have over a deep model."""
-    return ROUNDING.get(dtype, _ROUNDING_FLOAT32)
+    """Relative error that the logits of a deep model of this dtype may have."""
+    return _ROUNDING.get(dtype, _ROUNDING_FLOAT32)
 
 
 def scripted_ids(vocab_size: int, count: int, *, salt: int) -> IntArray:

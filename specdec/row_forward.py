@@ -28,6 +28,12 @@ def vocab_size_of(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
+def _lowest_dtype(model: nn.Module) -> torch.dtype:
+    """The least precise floating dtype of the parameters: it limits what the logits are worth, whatever their own."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
 class RowForward:
     """Runs single rows of tokens through a model, with only the inputs that its forward declares.
 
@@ -42,6 +48,7 @@ class RowForward:
     def __init__(self, model: nn.Module, *, hidden_layers: tuple[int, ...] = ()) -> None:
         self.model = model
         self.device = input_device(model)
+        self.dtype = _lowest_dtype(model)
         self.hidden_layers = hidden_layers
         self._inputs = forward_inputs(model)
         if "input_ids" not in self._inputs:

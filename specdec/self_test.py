@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from specdec.protocols import TargetModel
-from specdec.reference import ROUNDING, Reference, relative_errors, scripted_ids
+from specdec.reference import Reference, relative_errors, scripted_ids
 from specdec.types import Chunk, DraftTree, IntArray, Request, RequestState
 
 __all__ = ["NUM_REQUESTS", "NUM_TOKENS", "run_decoding_test", "run_self_test"]
@@ -142,13 +142,12 @@ def run_self_test(target: TargetModel, reference: Reference, *, windows: Sequenc
             return f"the self-test raised {type(error).__name__}: {error}"
         errors = _errors(reference, seen)
         worst = errors if worst is None else torch.minimum(worst, errors)
-        dtype = seen[0][1].dtype
-        tolerance = reference.tolerance(dtype)
-        if float(worst.max()) <= tolerance:
+        if float(worst.max()) <= reference.tolerance:
             return None
-        if dtype not in ROUNDING:
+        if not reference.is_low_precision:
             break
     assert worst is not None
+    tolerance = reference.tolerance
     num_wrong = int((worst > tolerance).sum())
     return (
         f"the self-test found {num_wrong} of {len(worst)} nodes with other logits than ordinary forwards: relative "
@@ -185,7 +184,6 @@ def run_decoding_test(target: TargetModel, reference: Reference) -> str | None:
     finally:
         for state in states:
             target.release(state)
-    tolerance = reference.tolerance(reference.transcripts[0].logits.dtype)
-    if max(errors) <= tolerance:
+    if max(errors) <= reference.tolerance:
         return None
     return f"decoding token by token gives other logits than generate: relative error {max(errors):.2g}"

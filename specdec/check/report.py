@@ -24,7 +24,7 @@ class Difference:
     """The first place where two outputs of one request differ, and what it means.
 
     Scores are those of plain decoding at this place, in the model's dtype: logits for greedy decoding, processed scores
-    plus noise for sampling. ``inf`` means that the filters leave the other token no score at all.
+    plus noise for sampling. Infinite: the filters leave the other token no score. None: an output has ended here.
 
     Args:
         request_id: prompt (and seed) of the request.
@@ -47,10 +47,10 @@ class Difference:
     position: int
     expected: TokenAt
     got: TokenAt
-    top2_margin: float
-    contested_margin: float
+    top2_margin: float | None
+    contested_margin: float | None
     wide_margin: float | None
-    resolution: float
+    resolution: float | None
     wide_dtype: str
     wide_agrees: bool | None
     verdict: Verdict

@@ -1,0 +1,96 @@
+"""Engines that are broken on purpose: what cannot see these is not worth believing.
+
+They run through the same comparisons as the real engine, on little input, and must be called bugs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from specdec.check.lab import HOSTILE, PLAIN, Lab
+from specdec.check.laws import compare_laws
+from specdec.check.report import Control
+from specdec.check.settings import GREEDY, Setting
+from specdec.types import DraftTree, IntArray, RequestState, TargetOutput, VerifyResult
+
+if TYPE_CHECKING:
+    from specdec.check.difference import Judge
+    from specdec.engine import Engine
+    from specdec.protocols import Verifier
+
+__all__ = ["MAX_SAMPLES", "NUM_REQUESTS", "CarelessVerifier", "run_controls"]
+
+NUM_REQUESTS: Final = 4
+_EVERY: Final = 4  # in steps
+MAX_SAMPLES: Final = 300
+
+
+class CarelessVerifier:
+    """Accepts the root's first child now and then, whatever the target says (`specdec.protocols.Verifier`).
+
+    Args:
+        verifier: decides in all other steps.
+        every: in every how many steps of a request the first child is taken; 1 = always.
+    """
+
+    def __init__(self, verifier: Verifier, *, every: int) -> None:
+        self._verifier = verifier
+        self._every = every
+
+    def start(self, state: RequestState) -> None:
+        self._verifier.start(state)
+
+    def verify(
+        self, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput
+    ) -> list[VerifyResult]:
+        results = self._verifier.verify(states, trees, output)
+        return [
+            self._careless(tree, result) if state.num_steps % self._every == self._every - 1 else result
+            for state, tree, result in zip(states, trees, results, strict=True)
+        ]
+
+    def _careless(self, tree: DraftTree, result: VerifyResult) -> VerifyResult:
+        if tree.num_draft_tokens == 0 or (result.num_accepted and result.accepted_nodes[0] == 1):
+            return result
+        first: IntArray = result.accepted_nodes[:0].copy()
+        first.resize(1)
+        first[0] = 1
+        return VerifyResult(first, tree.token_ids[first], result.bonus_id)
+
+    def commit(self, state: RequestState, emitted_ids: Sequence[int]) -> None:
+        self._verifier.commit(state, emitted_ids)
+
+    def stop(self, request_ids: Sequence[str]) -> None:
+        self._verifier.stop(request_ids)
+
+
+def run_controls(judge: Judge, law: Setting, prompt_ids: IntArray, *, num_samples: int) -> list[Control]:
+    """Break the engine in two ways and see whether the comparisons notice.
+
+    Args:
+        judge: of the real check; its plain outputs are the reference.
+        law: setting of the two-sample control.
+        prompt_ids: [P] int32: its prompt.
+        num_samples: of each side, at most; 0 leaves the two-sample control out.
+    """
+    lab = judge.lab
+    requests = lab.plan.requests(GREEDY)[:NUM_REQUESTS]
+
+    def sometimes(engine: Engine) -> None:
+        engine.verifier = CarelessVerifier(engine.verifier, every=_EVERY)
+
+    def always(engine: Engine) -> None:
+        engine.verifier = CarelessVerifier(engine.verifier, every=1)
+
+    got = lab.decode(requests, lab.drafter(GREEDY, HOSTILE), tamper=sometimes)
+    comparison = judge.compare(GREEDY, HOSTILE, PLAIN, got=got)
+    controls = [
+        Control(
+            f"greedy: a verifier that takes an unchecked token in one step of {_EVERY}", is_caught=comparison.num_bugs > 0
+        )
+    ]
+    if num_samples:
+        test = compare_laws(lab, law, prompt_ids, num_samples=min(num_samples, MAX_SAMPLES), tamper=always)
+        controls.append(Control("two samples: a verifier that always takes the first child", is_caught=test.is_bug))
+    return controls

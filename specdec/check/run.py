@@ -1,0 +1,226 @@
+"""The whole check, in the order in which it makes sense to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Final
+
+from specdec.build import DRAFTERS, build_engine, model_max_length
+from specdec.check.controls import MAX_SAMPLES, NUM_REQUESTS, run_controls
+from specdec.check.difference import Judge, tie_rule
+from specdec.check.lab import GENERATE, HOSTILE, PLAIN, EngineFactory, Lab, Plan
+from specdec.check.laws import compare_laws
+from specdec.check.prompts import BUILTIN_PROMPTS, Prompt, encode
+from specdec.check.report import CheckReport, Comparison, Control, TwoSample
+from specdec.check.settings import GREEDY, SAMPLED
+from specdec.errors import ConfigError
+from specdec.types import IntArray
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["CheckOptions", "check_drafters", "check_model"]
+
+_LEAST_LAW_TOKENS: Final = 4  # a prompt of the two-sample test is short, but not so short that it says nothing
+
+Progress = Callable[[str, int, int], None]  # (what is being done, units done, units in all)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckOptions:
+    """How much is checked.
+
+    Args:
+        drafters: names; "random-tree" is hostile, "none" decodes without drafts in a ragged batch.
+        max_new_tokens: per output.
+        budget: draft tokens per step.
+        batch_size: requests at a time; prompts have different lengths, so the batch is ragged.
+        num_seeds: per prompt and sampled setting; 0 leaves sampling out.
+        num_samples: of each side of the two-sample tests; 0 leaves them out.
+        has_controls: also run broken engines, which must be caught.
+
+    Raises:
+        ConfigError: a value is outside its rule.
+    """
+
+    drafters: tuple[str, ...] = ("none", "ngram", HOSTILE)
+    max_new_tokens: int = 48
+    budget: int = 8
+    batch_size: int = 5
+    num_seeds: int = 2
+    num_samples: int = 500
+    has_controls: bool = True
+
+    def __post_init__(self) -> None:
+        check_drafters(self.drafters)
+        for name, least in (("max_new_tokens", 2), ("budget", 1), ("batch_size", 1), ("num_seeds", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be >= {least}, got {getattr(self, name)}")
+        if self.num_samples != 0 and self.num_samples < 20:
+            raise ConfigError(f"num_samples must be 0 (off) or >= 20, got {self.num_samples}")
+
+
+def check_drafters(names: Sequence[str]) -> None:
+    """Refuse names that are no drafter.
+
+    Raises:
+        ConfigError: an unknown name, or none at all.
+    """
+    known = sorted({*DRAFTERS, HOSTILE})
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ConfigError(f"drafter must be one of {', '.join(known)}, got {', '.join(map(repr, unknown)) or 'none'}")
+
+
+def check_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str = "model",
+    texts: Mapping[str, str] = BUILTIN_PROMPTS,
+    options: CheckOptions | None = None,
+    engine_factory: EngineFactory = build_engine,
+    on_progress: Progress | None = None,
+) -> CheckReport:
+    """Find out on this machine whether speculation changes the output of ``model``.
+
+    Greedy outputs are compared with plain decoding and with ``model.generate``, sampled ones with plain decoding under
+    the same seed, token for token; then the engine's law is compared with that of an ordinary sampler.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        tokenizer: its tokenizer.
+        name: for the report.
+        texts: name -> prompt.
+        options: how much is checked.
+        engine_factory: called as ``specdec.build.build_engine``.
+        on_progress: told what is going on.
+
+    Raises:
+        ConfigError: no prompt is usable.
+        UnsupportedError: the engine, or ``model.generate``, cannot run this model.
+    """
+    return _Check(model, tokenizer, texts, options or CheckOptions(), engine_factory, on_progress).run(name)
+
+
+class _Check:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Mapping[str, str],
+        options: CheckOptions,
+        engine_factory: EngineFactory,
+        on_progress: Progress | None,
+    ) -> None:
+        self.options = options
+        limit = model_max_length(model) - options.max_new_tokens
+        if limit < 1:
+            raise ConfigError(
+                f"max_new_tokens must leave room for a prompt in the context of {model_max_length(model)} tokens, "
+                f"got {options.max_new_tokens}"
+            )
+        vocab_size = int(model.config.get_text_config().vocab_size)
+        prompts, notes = encode(dict(texts), tokenizer, vocab_size=vocab_size, max_tokens=limit)
+        plan = Plan(
+            prompts=prompts,
+            stop_token_ids=_stop_ids(model),
+            max_new_tokens=options.max_new_tokens,
+            budget=options.budget,
+            batch_size=options.batch_size,
+            num_seeds=options.num_seeds,
+        )
+        self.lab = Lab(model, plan, engine_factory, self._advance)
+        self.judge = Judge(self.lab, tokenizer, list(notes))
+        self._on_progress = on_progress
+        self._what, self._num_done, self._num_units = "", 0, self._count_units(prompts)
+
+    def run(self, name: str) -> CheckReport:
+        begin = perf_counter()
+        model = self.lab.model
+        comparisons = [*self._greedy(), *self._sampled()]
+        tests = self._laws()
+        controls: list[Control] = []
+        if self.options.has_controls:
+            self._what = "broken engines"
+            controls = run_controls(self.judge, SAMPLED[0], self._law_prompt(), num_samples=self.options.num_samples)
+        return CheckReport(
+            model=name,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(model.device),
+            path=self.lab.path,
+            tie_rule=tie_rule(model.dtype),
+            comparisons=tuple(comparisons),
+            two_samples=tuple(tests),
+            controls=tuple(controls),
+            notes=(*self.judge.notes, *_notes(self.lab.path, tests)),
+            seconds=perf_counter() - begin,
+        )
+
+    def _greedy(self) -> list[Comparison]:
+        # transformers goes first: it must see the model as the user loaded it, before any engine has touched it.
+        self._what = "greedy: model.generate"
+        self.lab.outputs(GREEDY, GENERATE)
+        comparisons = []
+        for decoder in (PLAIN, *self.options.drafters):
+            self._what = f"greedy: {decoder}"
+            comparisons.append(self.judge.compare(GREEDY, decoder, GENERATE))
+            if decoder != PLAIN:
+                comparisons.append(self.judge.compare(GREEDY, decoder, PLAIN))
+        return comparisons
+
+    def _sampled(self) -> list[Comparison]:
+        comparisons = []
+        for setting in SAMPLED if self.options.num_seeds else ():
+            for decoder in self.options.drafters:
+                self._what = f"{setting.name}: {decoder}"
+                comparisons.append(self.judge.compare(setting, decoder, PLAIN))
+        return comparisons
+
+    def _laws(self) -> list[TwoSample]:
+        tests = []
+        for setting in SAMPLED if self.options.num_samples else ():
+            self._what = f"two samples: {setting.name}"
+            tests.append(compare_laws(self.lab, setting, self._law_prompt(), num_samples=self.options.num_samples))
+        return tests
+
+    def _law_prompt(self) -> IntArray:
+        """The shortest prompt that says something: many are prefilled."""
+        by_length = sorted(self.lab.plan.prompts, key=lambda prompt: len(prompt.token_ids))
+        return next((p for p in by_length if len(p.token_ids) >= _LEAST_LAW_TOKENS), by_length[-1]).token_ids
+
+    def _count_units(self, prompts: Sequence[Prompt]) -> int:
+        """Requests that all runs together finish."""
+        options = self.options
+        greedy = len(prompts) * (2 + len(options.drafters))
+        sampled = len(SAMPLED) * options.num_seeds * len(prompts) * (1 + len(options.drafters))
+        laws = len(SAMPLED) * options.num_samples
+        controls = min(len(prompts), NUM_REQUESTS) + min(options.num_samples, MAX_SAMPLES)
+        return greedy + sampled + laws + controls * options.has_controls
+
+    def _advance(self) -> None:
+        self._num_done = min(self._num_done + 1, self._num_units)
+        if self._on_progress is not None:
+            self._on_progress(self._what, self._num_done, self._num_units)
+
+
+def _stop_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    stated = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    return tuple(int(token_id) for token_id in ids)
+
+
+def _notes(path: str, tests: Sequence[TwoSample]) -> list[str]:
+    notes = []
+    if path == "chain":
+        notes.append("this model takes the chain path: of every draft tree, one chain was verified")
+    elif path == "plain":
+        notes.append("this model takes the plain path: no draft was ever verified, so the comparisons say little")
+    notes += [
+        f"two samples, {test.setting}: {test.num_samples} samples per side detect nothing here; take more"
+        for test in tests
+        if test.detectable_tv is None
+    ]
+    return notes

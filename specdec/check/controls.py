@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from specdec.check.lab import HOSTILE, PLAIN, Lab
+from specdec.check.lab import HOSTILE, PLAIN
 from specdec.check.laws import compare_laws
 from specdec.check.report import Control
 from specdec.check.settings import GREEDY, Setting
@@ -87,7 +87,8 @@ def run_controls(judge: Judge, law: Setting, prompt_ids: IntArray, *, num_sample
     comparison = judge.compare(GREEDY, HOSTILE, PLAIN, got=got)
     controls = [
         Control(
-            f"greedy: a verifier that takes an unchecked token in one step of {_EVERY}", is_caught=comparison.num_bugs > 0
+            f"greedy: a verifier that takes an unchecked token in one step of {_EVERY}",
+            is_caught=comparison.num_bugs > 0,
         )
     ]
     if num_samples:

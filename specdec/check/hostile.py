@@ -68,7 +68,9 @@ class HostileDrafter:
     def _futures(self, state: RequestState) -> list[Sequence[int]]:
         done = state.output_ids.tolist()
         likely = self._likely.get(state.request_id, ())
-        return [output[len(done) :] for output in likely if list(output[: len(done)]) == done and len(output) > len(done)]
+        return [
+            output[len(done) :] for output in likely if list(output[: len(done)]) == done and len(output) > len(done)
+        ]
 
 
 def _next_edge(future: Sequence[int], nodes: Mapping[tuple[int, int], int]) -> tuple[int, int] | None:

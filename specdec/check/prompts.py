@@ -38,7 +38,9 @@ BUILTIN_PROMPTS: Final[dict[str, str]] = {
         "# The same two functions with `width` renamed to `w` and `height` renamed to `h`:\n"
         "def area(w, h):\n    return w * h\n\n\ndef perimeter("
     ),
-    "code": "import argparse\n\n\ndef main() -> None:\n    parser = argparse.ArgumentParser()\n    parser.add_argument(",
+    "code": (
+        "import argparse\n\n\ndef main() -> None:\n    parser = argparse.ArgumentParser()\n    parser.add_argument("
+    ),
     "class": (
         "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n"
         "        self.items.append(item)\n\n    def pop(self):\n"

@@ -14,7 +14,7 @@ from specdec.check.lab import GENERATE, HOSTILE, PLAIN, EngineFactory, Lab, Plan
 from specdec.check.laws import compare_laws
 from specdec.check.prompts import BUILTIN_PROMPTS, Prompt, encode
 from specdec.check.report import CheckReport, Comparison, Control, TwoSample
-from specdec.check.settings import GREEDY, SAMPLED
+from specdec.check.settings import GREEDY, LAWS, SAMPLED
 from specdec.errors import ConfigError
 from specdec.types import IntArray
 
@@ -145,7 +145,7 @@ class _Check:
         controls: list[Control] = []
         if self.options.has_controls:
             self._what = "broken engines"
-            controls = run_controls(self.judge, SAMPLED[0], self._law_prompt(), num_samples=self.options.num_samples)
+            controls = run_controls(self.judge, LAWS[-1], self._law_prompt(), num_samples=self.options.num_samples)
         return CheckReport(
             model=name,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -181,7 +181,7 @@ class _Check:
 
     def _laws(self) -> list[TwoSample]:
         tests = []
-        for setting in SAMPLED if self.options.num_samples else ():
+        for setting in LAWS if self.options.num_samples else ():
             self._what = f"two samples: {setting.name}"
             tests.append(compare_laws(self.lab, setting, self._law_prompt(), num_samples=self.options.num_samples))
         return tests
@@ -196,7 +196,7 @@ class _Check:
         options = self.options
         greedy = len(prompts) * (2 + len(options.drafters))
         sampled = len(SAMPLED) * options.num_seeds * len(prompts) * (1 + len(options.drafters))
-        laws = len(SAMPLED) * options.num_samples
+        laws = len(LAWS) * options.num_samples
         controls = min(len(prompts), NUM_REQUESTS) + min(options.num_samples, MAX_SAMPLES)
         return greedy + sampled + laws + controls * options.has_controls
 
@@ -219,7 +219,7 @@ def _notes(path: str, tests: Sequence[TwoSample]) -> list[str]:
     elif path == "plain":
         notes.append("this model takes the plain path: no draft was ever verified, so the comparisons say little")
     notes += [
-        f"two samples, {test.setting}: {test.num_samples} samples per side detect nothing here; take more"
+        f"two samples, {test.setting}: the law is too flat for {test.num_samples} samples per side to tell anything"
         for test in tests
         if test.detectable_tv is None
     ]

@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 from specdec.rng import gumbel
 from specdec.types import SamplingParams
 
-__all__ = ["GREEDY", "SAMPLED", "Setting"]
+__all__ = ["GREEDY", "LAWS", "SAMPLED", "Setting"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,18 @@ SAMPLED: Final = (
         temperature=0.7,
         top_k=50,
         top_p=0.9,
+        repetition_penalty=1.1,
+    ),
+)
+# For comparing laws. The second has at most 8 tokens per position, so that also a model without preferences has
+# continuations that come often enough to be counted.
+LAWS: Final = (
+    SAMPLED[0],
+    Setting(
+        "temperature 0.9, top-k 8, top-p 0.95, repetition penalty 1.1",
+        temperature=0.9,
+        top_k=8,
+        top_p=0.95,
         repetition_penalty=1.1,
     ),
 )

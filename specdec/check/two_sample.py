@@ -1,8 +1,8 @@
 """Do two samples come from one law, and how different must two laws be for us to notice?
 
-The test asks nothing of the law: cells are continuations, rare ones are put together by their *pooled* count (which
-does not look at the labels, so the test stays exact), the statistic is the chi-square of homogeneity, and its null law
-is that of relabelling the pooled sample at random.
+The test asks nothing of the law. Cells are continuations; those that are rare share a cell with others of the same
+beginning. What is rare is decided by *pooled* counts, which do not look at the labels, so the test stays exact. The
+statistic is the chi-square of homogeneity, and its null law is that of relabelling the pooled sample at random.
 
 The power is computed against the least favourable alternative. For a given total variation the chi-square grows least
 when every cell changes by the same relative amount (Cauchy-Schwarz), so any other defect of that size is found more
@@ -12,7 +12,7 @@ often.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -29,6 +29,7 @@ _NUM_SIMULATIONS: Final = 1_000  # per candidate: the simulated power is off by 
 _NUM_BISECTIONS: Final = 10
 
 Counts = npt.NDArray[np.int64]
+Outcome = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +42,11 @@ class TwoSampleTest:
     detectable_tv: float | None
 
 
-def two_sample_test(first: Sequence[Hashable], second: Sequence[Hashable], *, seed: int = 0) -> TwoSampleTest:
+def two_sample_test(first: Sequence[Outcome], second: Sequence[Outcome], *, seed: int = 0) -> TwoSampleTest:
     """Test that two samples of equal size have one law.
 
     Args:
-        first: [n] outcomes.
+        first: [n] outcomes, of one length or not.
         second: [n] outcomes.
         seed: of the relabellings; the same samples and seed give the same result.
 
@@ -70,15 +71,16 @@ def two_sample_test(first: Sequence[Hashable], second: Sequence[Hashable], *, se
     )
 
 
-def _cells(first: Sequence[Hashable], second: Sequence[Hashable]) -> Counts:
-    """[2, K] counts, the commonest cell first; outcomes that are rare in both samples together share the last cell."""
+def _cells(first: Sequence[Outcome], second: Sequence[Outcome]) -> Counts:
+    """[2, K] counts. An outcome that is rare in both samples together counts for its beginning, as short as need be."""
     one, two = Counter(first), Counter(second)
-    pooled = one + two
-    common = [outcome for outcome, count in pooled.most_common() if count >= _MIN_POOLED]
-    rows = [[sample[outcome] for outcome in common] for sample in (one, two)]
-    rest = [len(first) - sum(rows[0]), len(second) - sum(rows[1])]
-    table = np.array([[*row, other] for row, other in zip(rows, rest, strict=True)], dtype=np.int64)
-    return table if sum(rest) else table[:, :-1]
+    for length in range(max(map(len, [*one, *two])), 0, -1):
+        for cell in sorted({*one, *two}):
+            if len(cell) == length and one[cell] + two[cell] < _MIN_POOLED:
+                one[cell[:-1]] += one.pop(cell, 0)
+                two[cell[:-1]] += two.pop(cell, 0)
+    cells = sorted(cell for cell in {*one, *two} if one[cell] + two[cell])
+    return np.array([[sample[cell] for cell in cells] for sample in (one, two)], dtype=np.int64)
 
 
 def _chi_square(first: Counts, pooled: Counts) -> npt.NDArray[np.float64]:

@@ -131,7 +131,7 @@ class Judge:
     Args:
         lab: the model as it is.
         tokenizer: for the text of tokens.
-        on_wide: called with a note before memory is taken for a copy of the model in a wider precision.
+        notes: what readers of the report should know; grows when memory is taken for a wider copy.
     """
 
     lab: Lab

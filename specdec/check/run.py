@@ -81,7 +81,7 @@ def check_model(
     name: str = "model",
     texts: Mapping[str, str] = BUILTIN_PROMPTS,
     options: CheckOptions | None = None,
-    engine_factory: EngineFactory = build_engine,
+    engine_factory: EngineFactory | None = None,
     on_progress: Progress | None = None,
 ) -> CheckReport:
     """Find out on this machine whether speculation changes the output of ``model``.
@@ -95,14 +95,16 @@ def check_model(
         name: for the report.
         texts: name -> prompt.
         options: how much is checked.
-        engine_factory: called as ``specdec.build.build_engine``.
+        engine_factory: called in place of ``specdec.build.build_engine``.
         on_progress: told what is going on.
 
     Raises:
         ConfigError: no prompt is usable.
         UnsupportedError: the engine, or ``model.generate``, cannot run this model.
     """
-    return _Check(model, tokenizer, texts, options or CheckOptions(), engine_factory, on_progress).run(name)
+    return _Check(model, tokenizer, texts, options or CheckOptions(), engine_factory or build_engine, on_progress).run(
+        name
+    )
 
 
 class _Check:
@@ -155,7 +157,7 @@ class _Check:
             comparisons=tuple(comparisons),
             two_samples=tuple(tests),
             controls=tuple(controls),
-            notes=(*self.judge.notes, *_notes(self.lab.path, tests)),
+            notes=(*self.judge.notes, *_notes(self.lab.path)),
             seconds=perf_counter() - begin,
         )
 
@@ -212,15 +214,10 @@ def _stop_ids(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(int(token_id) for token_id in ids)
 
 
-def _notes(path: str, tests: Sequence[TwoSample]) -> list[str]:
+def _notes(path: str) -> list[str]:
     notes = []
     if path == "chain":
         notes.append("this model takes the chain path: of every draft tree, one chain was verified")
     elif path == "plain":
         notes.append("this model takes the plain path: no draft was ever verified, so the comparisons say little")
-    notes += [
-        f"two samples, {test.setting}: the law is too flat for {test.num_samples} samples per side to tell anything"
-        for test in tests
-        if test.detectable_tv is None
-    ]
     return notes

@@ -90,7 +90,9 @@ def _chi_square(first: Counts, pooled: Counts) -> npt.NDArray[np.float64]:
     """
     half = pooled / 2
     deviation = (first - half) ** 2
-    return np.divide(2 * deviation, half, out=np.zeros_like(deviation), where=half > 0).sum(axis=1)
+    terms = np.divide(2 * deviation, half, out=np.zeros_like(deviation), where=half > 0)
+    statistic: npt.NDArray[np.float64] = terms.sum(axis=1)
+    return statistic
 
 
 def _detectable(law: npt.NDArray[np.float64], num: int, critical: float, rng: np.random.Generator) -> float | None:

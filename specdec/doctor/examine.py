@@ -137,7 +137,10 @@ def _measure(
     limit = model_max_length(model)
     room = min(context, limit - MAX_STEPS - 64) if limit > 2 * MAX_STEPS else context
     config = EngineConfig.of(
-        max_batch_size=batch, max_length=limit, kv_tokens=batch * (max(room, 1) + MAX_STEPS + 64), max_prefill_tokens=512
+        max_batch_size=batch,
+        max_length=limit,
+        kv_tokens=batch * (max(room, 1) + MAX_STEPS + 64),
+        max_prefill_tokens=512,
     )
     try:
         target = build_target(model, config, route=route)

@@ -120,7 +120,9 @@ def generation_problems(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         yield Problem(area, "note", f"defaults that model.generate applies by itself: {applied}")
     unsupported = _differing(config, _UNSUPPORTED)
     if unsupported:
-        yield Problem(area, "warning", f"features that specdec refuses, as they are no law of a next token: {unsupported}")
+        yield Problem(
+            area, "warning", f"features that specdec refuses, as they are no law of a next token: {unsupported}"
+        )
 
 
 def chat_template_problems(tokenizer: PreTrainedTokenizerBase, name: str) -> Iterator[Problem]:
@@ -156,7 +158,9 @@ def dtype_problems(model: PreTrainedModel) -> Iterator[Problem]:
     area = "dtype"
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()})
     if getattr(model, "is_quantized", False):
-        yield Problem(area, "note", "the model is quantised: specdec check cannot re-run near-ties in a wider precision")
+        yield Problem(
+            area, "note", "the model is quantised: specdec check cannot re-run near-ties in a wider precision"
+        )
     elif len(dtypes) > 1:
         yield Problem(area, "note", f"parameters have several precisions: {', '.join(dtypes)}")
     half = [name for name in dtypes if name in ("bfloat16", "float16")]
@@ -166,8 +170,8 @@ def dtype_problems(model: PreTrainedModel) -> Iterator[Problem]:
         yield Problem(
             area,
             "note",
-            f"in {half[0]} two ways of computing one logit differ by rounding: a few tokens per thousand may be near-ties; "
-            "specdec check counts them",
+            f"in {half[0]} two ways of computing a logit differ by rounding: some tokens per thousand may be near-ties, "
+            "which specdec check counts",
         )
     devices = sorted({str(p.device) for p in model.parameters()})
     if len(devices) > 1:

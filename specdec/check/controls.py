@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from specdec.check.lab import HOSTILE, PLAIN
 from specdec.check.laws import compare_laws
 from specdec.check.report import Control
@@ -22,16 +24,16 @@ if TYPE_CHECKING:
 __all__ = ["MAX_SAMPLES", "NUM_REQUESTS", "CarelessVerifier", "run_controls"]
 
 NUM_REQUESTS: Final = 4
-_EVERY: Final = 4  # in steps
+_EVERY: Final = 3  # in steps
 MAX_SAMPLES: Final = 300
 
 
 class CarelessVerifier:
-    """Accepts the root's first child now and then, whatever the target says (`specdec.protocols.Verifier`).
+    """Accepts a child of the root that the target did not draw, now and then (`specdec.protocols.Verifier`).
 
     Args:
-        verifier: decides in all other steps.
-        every: in every how many steps of a request the first child is taken; 1 = always.
+        verifier: decides in all other steps, and where there is no such child.
+        every: in every how many steps of a request; 1 = always.
     """
 
     def __init__(self, verifier: Verifier, *, every: int) -> None:
@@ -51,12 +53,9 @@ class CarelessVerifier:
         ]
 
     def _careless(self, tree: DraftTree, result: VerifyResult) -> VerifyResult:
-        if tree.num_draft_tokens == 0 or (result.num_accepted and result.accepted_nodes[0] == 1):
-            return result
-        first: IntArray = result.accepted_nodes[:0].copy()
-        first.resize(1)
-        first[0] = 1
-        return VerifyResult(first, tree.token_ids[first], result.bonus_id)
+        children = np.flatnonzero(tree.parents == 0).astype(np.int32)
+        wrong = children[~np.isin(children, result.accepted_nodes)][:1]
+        return VerifyResult(wrong, tree.token_ids[wrong], result.bonus_id) if len(wrong) else result
 
     def commit(self, state: RequestState, emitted_ids: Sequence[int]) -> None:
         self._verifier.commit(state, emitted_ids)
@@ -87,11 +86,15 @@ def run_controls(judge: Judge, law: Setting, prompt_ids: IntArray, *, num_sample
     comparison = judge.compare(GREEDY, HOSTILE, PLAIN, got=got)
     controls = [
         Control(
-            f"greedy: a verifier that takes an unchecked token in one step of {_EVERY}",
+            f"greedy: a verifier that takes a wrong token in one step of {_EVERY}",
             is_caught=comparison.num_bugs > 0,
         )
     ]
     if num_samples:
-        test = compare_laws(lab, law, prompt_ids, num_samples=min(num_samples, MAX_SAMPLES), tamper=always)
-        controls.append(Control("two samples: a verifier that always takes the first child", is_caught=test.is_bug))
+        test = compare_laws(
+            lab, law, prompt_ids, num_samples=min(num_samples, MAX_SAMPLES), knows_likely=False, tamper=always
+        )
+        controls.append(
+            Control("two samples: a verifier that takes a wrong token wherever one is drafted", is_caught=test.is_bug)
+        )
     return controls

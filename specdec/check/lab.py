@@ -101,6 +101,7 @@ class Lab:
     engine_factory: EngineFactory = build_engine
     on_request: Callable[[], None] = lambda: None
     path: str = "unknown"  # how drafts are verified: set by the first run
+    can_draft: bool = True  # likewise
     _outputs: dict[tuple[str, str], Outputs] = field(default_factory=dict)
 
     def outputs(self, setting: Setting, decoder: str) -> Outputs:
@@ -142,8 +143,8 @@ class Lab:
             max_length=max(self.plan.max_length, longest),
             kv_tokens=size * (max(self.plan.max_length, longest) + tokens + 1),
         )
-        target = engine.target
-        self.path = "plain" if target.max_draft_tokens == 0 else "tree" if target.supports_trees else "chain"
+        self.can_draft = engine.target.max_draft_tokens > 0
+        self.path = "tree" if engine.target.supports_trees else "chain" if self.can_draft else "plain"
         if tamper is not None:
             tamper(engine)
         token_ids: dict[str, list[int]] = {request.request_id: [] for request in requests}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -42,27 +43,37 @@ def compare_laws(
     prompt_ids: IntArray,
     *,
     num_samples: int,
+    knows_likely: bool = True,
     tamper: Callable[[Engine], None] | None = None,
 ) -> TwoSample:
     """Sample continuations of one prompt from the speculating engine and from an ordinary sampler, and compare.
 
-    The drafter is hostile and knows the likely continuations, so that drafts of every length are accepted.
+    The drafter is hostile; as it knows the likely continuations, drafts of every length are accepted.
 
     Args:
         lab: the model.
         setting: the law.
         prompt_ids: [P] int32.
         num_samples: of each side.
+        knows_likely: False: all drafts are random tokens.
         tamper: breaks the engine before it runs.
     """
     rng = torch.Generator().manual_seed(num_samples)
     ordinary = ordinary_sample(lab.model, setting, prompt_ids, num_samples=num_samples, length=LENGTH, rng=rng)
-    likely = [list(ids) for ids, _ in Counter(ordinary).most_common(_NUM_LIKELY)]
+
+    def enough(input_ids: Tensor, scores: Tensor | None) -> bool:
+        return input_ids.shape[1] >= len(prompt_ids) + LENGTH
+
+    likely = [list(ids) for ids, _ in Counter(ordinary).most_common(_NUM_LIKELY if knows_likely else 0)]
     requests = [
         Request(
             f"sample {index}",
             prompt_ids,
-            setting.sampling(seed=_FIRST_SEED + index, max_new_tokens=LENGTH, stop_token_ids=()),
+            replace(
+                # With LENGTH as the limit, the engine would cut the drafts: the last token is never worth drafting.
+                setting.sampling(seed=_FIRST_SEED + index, max_new_tokens=LENGTH + lab.plan.budget, stop_token_ids=()),
+                stopping_criteria=(enough,),
+            ),
         )
         for index in range(num_samples)
     ]

@@ -55,7 +55,7 @@ class CheckOptions:
 
     def __post_init__(self) -> None:
         check_drafters(self.drafters)
-        for name, least in (("max_new_tokens", 2), ("budget", 1), ("batch_size", 1), ("num_seeds", 0)):
+        for name, least in (("max_new_tokens", 8), ("budget", 1), ("batch_size", 1), ("num_seeds", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be >= {least}, got {getattr(self, name)}")
         if self.num_samples != 0 and self.num_samples < 20:
@@ -145,7 +145,7 @@ class _Check:
         comparisons = [*self._greedy(), *self._sampled()]
         tests = self._laws()
         controls: list[Control] = []
-        if self.options.has_controls:
+        if self.options.has_controls and self.lab.can_draft:
             self._what = "broken engines"
             controls = run_controls(self.judge, LAWS[-1], self._law_prompt(), num_samples=self.options.num_samples)
         return CheckReport(

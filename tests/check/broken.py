@@ -27,7 +27,7 @@ def factory(breaking: Callable[[Engine], None]) -> Callable[..., Engine]:
     return build
 
 
-def accept_first_child(engine: Engine) -> None:
+def accept_a_wrong_child(engine: Engine) -> None:
     engine.verifier = CarelessVerifier(engine.verifier, every=1)
 
 
@@ -73,13 +73,22 @@ def draw_from_another_law(engine: Engine) -> None:
 
 def round_otherwise(engine: Engine) -> None:
     """What another order of computing does to bfloat16 logits: some come out one unit in the last place away."""
+    _disturb(engine, (torch.bfloat16,))
+
+
+def round_coarsely(engine: Engine) -> None:
+    """Errors of the size of bfloat16's in every precision: in float32 they are no rounding."""
+    _disturb(engine, (torch.bfloat16, torch.float32))
+
+
+def _disturb(engine: Engine, dtypes: tuple[torch.dtype, ...]) -> None:
     forward = engine.target.forward
 
     def noisy(chunks: Sequence[Chunk]) -> TargetOutput:
         output = forward(chunks)
-        if output.logits.dtype != torch.bfloat16 or all(c.tree is None or len(c.tree) == 1 for c in chunks):
+        if output.logits.dtype not in dtypes or all(c.tree is None or len(c.tree) == 1 for c in chunks):
             return output
         signs = (torch.arange(output.logits.numel()) * 7919 % 3 - 1).reshape(output.logits.shape)
-        return TargetOutput(output.logits * (1 + signs * 2**-7).to(torch.bfloat16), output.cu_nodes)
+        return TargetOutput(output.logits * (1 + signs * 2**-7).to(output.logits.dtype), output.cu_nodes)
 
     engine.target.forward = noisy  # type: ignore[method-assign]

@@ -20,10 +20,10 @@ def law() -> np.ndarray:
 
 def test_equal_laws_give_p_values_that_are_spread_evenly(law: np.ndarray):
     rng = np.random.default_rng(2)
-    p_values = [two_sample_test(draw(rng, law, 200), draw(rng, law, 200)).p_value for _ in range(40)]
-    # Uniform p-values have mean 1/2 with deviation 0.046, and 10 of 40 lie below 1/4 with deviation 2.7.
-    assert 0.35 < np.mean(p_values) < 0.65
-    assert 2 <= sum(p < 0.25 for p in p_values) <= 18
+    p_values = [two_sample_test(draw(rng, law, 100), draw(rng, law, 100)).p_value for _ in range(30)]
+    # Uniform p-values have mean 1/2 with deviation 0.053, and 7.5 of 30 lie below 1/4 with deviation 2.4.
+    assert 0.3 < np.mean(p_values) < 0.7
+    assert 1 <= sum(p < 0.25 for p in p_values) <= 16
     assert min(p_values) > SIGNIFICANCE
 
 
@@ -36,8 +36,8 @@ def test_a_law_that_is_off_by_the_stated_distance_is_found_nine_times_of_ten(law
     up = np.zeros(len(law), dtype=bool)
     up[order[::2]] = True
     other = np.where(up, law * (1 + stated / law[up].sum()), law * (1 - stated / law[~up].sum()))
-    found = [two_sample_test(draw(rng, law, 500), draw(rng, other, 500)).p_value < SIGNIFICANCE for _ in range(20)]
-    assert sum(found) >= 15  # 18 are expected
+    found = [two_sample_test(draw(rng, law, 500), draw(rng, other, 500)).p_value < SIGNIFICANCE for _ in range(12)]
+    assert sum(found) >= 8  # 10.8 are expected
 
 
 def test_more_samples_detect_smaller_distances(law: np.ndarray):

@@ -54,7 +54,7 @@ BUILTIN_PROMPTS: Final[dict[str, str]] = {
     "json": '[{"id": 1, "name": "bolt", "count": 40}, {"id": 2, "name": "nut", "count": 38}, {"id": 3, "name": "',
     "question": "Question: Why is the sky blue during the day and red in the evening?\nAnswer:",
     "numbers": "1, 1, 2, 3, 5, 8, 13, 21, 34,",
-    "german": "Am Anfang des Jahres waren die Tage kurz, und am Abend",
+    "german": "Am Anfang war das Haus leer, doch am Abend kamen die Kinder, und am Morgen",
     "one word": "The",
 }
 

@@ -11,8 +11,9 @@ import torch
 from specdec.build import build_engine
 from specdec.check.controls import CarelessVerifier
 from specdec.engine import Engine
+from specdec.rng import gumbel
 from specdec.sampling import Sampler
-from specdec.types import Chunk, TargetOutput
+from specdec.types import Chunk, DraftTree, IntArray, RequestState, TargetOutput
 from specdec.verifier.match import MatchVerifier
 
 
@@ -46,29 +47,34 @@ def keep_a_wrong_node(engine: Engine) -> None:
     engine.target.commit = wrong  # type: ignore[method-assign]
 
 
-class _ByNode(Sampler):
-    """Noise that belongs to the node's place in its tree, not to the position of its token."""
+class _OddSampler(Sampler):
+    """Draws with noise at other positions, or from other scores, than it should; greedy requests are left alone."""
 
-    def _noise(self, nodes: Any, seeds: Any, sampled: Any) -> torch.Tensor:
-        first = np.repeat([state.num_tokens for state in nodes.states], nodes.sizes)
-        start = np.repeat(nodes.starts[:-1], nodes.sizes)
-        nodes.__dict__["prefix_lengths"] = first + np.arange(nodes.num_nodes) - start
-        return super()._noise(nodes, seeds, sampled)
+    def __init__(self, vocab_size: int, *, factor: float = 1.0, keys_by_node: bool = False) -> None:
+        super().__init__(vocab_size)
+        self._factor = factor
+        self._keys_by_node = keys_by_node
+
+    def target_ids(self, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput) -> IntArray:
+        if all(state.request.sampling.is_greedy for state in states):
+            return super().target_ids(states, trees, output)
+        sizes = [len(tree) for tree in trees]
+        seeds = np.repeat([state.request.sampling.seed for state in states], sizes)
+        offsets = [np.arange(len(tree)) if self._keys_by_node else tree.depths() for tree in trees]
+        positions = np.repeat([state.num_tokens for state in states], sizes) + np.concatenate(offsets)
+        noise = gumbel(seeds, positions, self.vocab_size, device="cpu")
+        scores = self._factor * self.scores(states, trees, output)
+        return (scores + noise).argmax(dim=-1).numpy().astype(np.int32)
 
 
 def key_noise_by_node(engine: Engine) -> None:
-    engine.verifier = MatchVerifier(_ByNode(engine.target.vocab_size))
-
-
-class _Sharper(Sampler):
-    """Draws from another law, and does so with any drafter: token for token all is well."""
-
-    def scores(self, *args: Any) -> torch.Tensor:
-        return 2 * super().scores(*args)
+    """Noise belongs to the node's place in its tree, not to the position of its token."""
+    engine.verifier = MatchVerifier(_OddSampler(engine.target.vocab_size, keys_by_node=True))
 
 
 def draw_from_another_law(engine: Engine) -> None:
-    engine.verifier = MatchVerifier(_Sharper(engine.target.vocab_size))
+    """Draws from a sharper law, and does so with any drafter: token for token all is well."""
+    engine.verifier = MatchVerifier(_OddSampler(engine.target.vocab_size, factor=2.0))
 
 
 def round_otherwise(engine: Engine) -> None:

@@ -1,0 +1,350 @@
+"""Live requests over tenants' indexes: the one object that drafters and servers talk to.
+
+Every method takes a lock, and everything that runs long runs in machine code without the GIL: any number of threads
+may read and write. Tenants never see each other's text or calibration; the shared tier is filled on purpose only.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from specdec.suffix_tree import layout as at
+from specdec.suffix_tree.index import SuffixIndex
+from specdec.suffix_tree.live import Live, LiveTable, as_tokens
+from specdec.suffix_tree.memory import Int32Array, Int64Array
+from specdec.suffix_tree.prior import Prior, load_prior
+from specdec.suffix_tree.steps import extend_batch, read_drafts, speculate_batch, step_batch
+
+__all__ = ["Drafts", "SuffixCache", "as_tokens"]
+
+_CHUNK = 1 << 14  # tokens inserted while the lock is held
+_DEFAULT_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drafts:
+    """The drafts of a batch, one after the other, each with a root in front (token 0, parent -1, value 1).
+
+    Args:
+        offsets: [R + 1] int64: draft r is ``[offsets[r], offsets[r + 1])`` of the arrays below.
+        token_ids: [T] int32.
+        parents: [T] int32, counted from the draft's own root.
+        values: [T] float32: calibrated probability that the path to the node is accepted.
+    """
+
+    offsets: Int64Array
+    token_ids: Int32Array
+    parents: Int32Array
+    values: npt.NDArray[np.float32]
+
+
+class SuffixCache:
+    """Drafts for live requests from their own text and from earlier responses of their tenant.
+
+    Args:
+        max_bytes: bound of each tenant's index in bytes.
+        max_responses: bound of the number of cached responses of each tenant, or None.
+        max_tenants: how many tenants are kept; the one idle longest is dropped whole for a new one.
+        ttl: seconds that a finished response is kept, or None for no limit.
+        caching: False keeps no responses: requests draft from their own text only.
+        prior: where calibration starts; the shipped tables if None.
+        clock: seconds, for ``ttl``.
+
+    Raises:
+        ValueError: an option is outside its rule.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_bytes: int = _DEFAULT_BYTES,
+        max_responses: int | None = None,
+        max_tenants: int = 1024,
+        ttl: float | None = None,
+        caching: bool = True,
+        prior: Prior | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if max_tenants < 1:
+            raise ValueError(f"max_tenants must be at least 1, got {max_tenants}")
+        if ttl is not None and ttl <= 0:
+            raise ValueError(f"ttl must be positive seconds, got {ttl}")
+        self.max_bytes = max_bytes
+        self.max_responses = max_responses
+        self.max_tenants = max_tenants
+        self.ttl = ttl
+        self.caching = caching
+        self.lock = threading.RLock()
+        self._prior = load_prior() if prior is None else prior
+        self._clock = clock
+        self._tenants: dict[str, SuffixIndex] = {}  # least recently started first
+        self.shared: SuffixIndex | None = None
+        self._live: dict[Hashable, Live] = {}
+        self._table = LiveTable()
+        self._finished: dict[tuple[str, Hashable], float] = {}  # when each response was completed, oldest first
+        self.index("")  # reject a bad bound now, not in the first request
+
+    # --- tenants ------------------------------------------------------------------------------------------------------
+
+    def index(self, tenant: str) -> SuffixIndex:
+        """The tenant's index, made on first use."""
+        with self.lock:
+            index = self._tenants.pop(tenant, None)
+            if index is None:
+                if len(self._tenants) >= self.max_tenants:
+                    self._drop_idle_tenant()
+                index = SuffixIndex(self._prior, max_bytes=self.max_bytes, max_responses=self.max_responses)
+            self._tenants[tenant] = index
+            return index
+
+    def _drop_idle_tenant(self) -> None:
+        busy = {live.tenant for live in self._live.values()}
+        for tenant in self._tenants:
+            if tenant not in busy:
+                self.forget_tenant(tenant)
+                return
+        raise ValueError(f"all {self.max_tenants} tenants have live requests: raise max_tenants")
+
+    @property
+    def tenants(self) -> Mapping[str, SuffixIndex]:
+        """Indexes by tenant."""
+        return self._tenants
+
+    def share(self, responses: Sequence[Sequence[int] | Int32Array]) -> None:
+        """Add texts to the shared tier, which every tenant reads and no request writes. For operators."""
+        with self.lock:
+            if self.shared is None:
+                self.shared = SuffixIndex(self._prior, max_bytes=self.max_bytes, learning=False)
+            for response in responses:
+                self._insert(self.shared, len(self.shared.responses), as_tokens(response))
+            for live in self._live.values():
+                self._table.rows[live.slot, at.R_SHARED] = self.shared.address
+
+    def insert(self, key: Hashable, token_ids: Sequence[int] | Int32Array, *, tenant: str = "") -> None:
+        """Add a text to a tenant's index as if a request had produced it: warm start from a corpus or a trace."""
+        tokens = as_tokens(token_ids)
+        with self.lock:
+            self._insert(self.index(tenant), key, tokens)
+            self._note_finished(tenant, key)
+
+    def _insert(self, index: SuffixIndex, key: Hashable, tokens: Int32Array) -> None:
+        number = index.open(key)
+        live = self._table.add("", index, None, np.empty(0, np.int32), number)
+        for start in range(0, len(tokens), _CHUNK):
+            piece = tokens[start : start + _CHUNK]
+            self._table.make_room([live], [len(piece)])
+            extend_batch(self._table.rows, np.array([live.slot]), piece, np.array([0, len(piece)]))
+        self._table.release(live)
+        index.close(key)
+
+    # --- life of a request --------------------------------------------------------------------------------------------
+
+    @property
+    def active_requests(self) -> Mapping[Hashable, object]:
+        """Live requests."""
+        return self._live
+
+    def start(
+        self, request_id: Hashable, prompt_ids: Sequence[int] | Int32Array, *, tenant: str = "", caching: bool = True
+    ) -> None:
+        """Take up a request and index its prompt.
+
+        Args:
+            request_id: not live yet. A response cached under this id is deleted.
+            prompt_ids: [P] token ids.
+            tenant: whose text this is.
+            caching: whether its response is kept for later requests.
+
+        Raises:
+            ValueError: the request is live already, or the prompt is not token ids.
+        """
+        prompt = as_tokens(prompt_ids)
+        with self.lock:
+            if request_id in self._live:
+                raise ValueError(f"request {request_id!r} is already active")
+            self.expire()
+            index = self.index(tenant)
+            caching = caching and self.caching
+            if caching and request_id in index.responses:
+                self._delete(tenant, request_id)
+            number = index.open(request_id) if caching else 0
+            live = self._table.add(tenant, index, self.shared, prompt, number)
+            live.key = request_id if number else None
+            self._live[request_id] = live
+
+    def _batch(self, request_ids: Sequence[Hashable]) -> list[Live]:
+        try:
+            return [self._live[request_id] for request_id in request_ids]
+        except KeyError as error:
+            raise ValueError(f"request {error.args[0]!r} is not active") from None
+
+    def _flatten(self, batch: Sequence[Live], new_ids: Sequence[Int32Array]) -> tuple[Int32Array, Int64Array]:
+        if len(batch) != len(new_ids):
+            raise ValueError(f"{len(batch)} requests need as many token lists, got {len(new_ids)}")
+        lengths = [len(ids) for ids in new_ids]
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        self._table.make_room(batch, lengths)
+        flat = np.concatenate(new_ids) if lengths else np.empty(0, np.int32)
+        return flat.astype(np.int32, copy=False), offsets
+
+    def extend(self, request_ids: Sequence[Hashable], new_ids: Sequence[Int32Array]) -> None:
+        """Append committed tokens to live requests, and learn how their last drafts fared.
+
+        Args:
+            request_ids: R live requests, each once.
+            new_ids: R arrays of int32 token ids; empty ones are fine.
+
+        Raises:
+            ValueError: a request is not live; nothing was appended.
+        """
+        with self.lock:
+            batch = self._batch(request_ids)
+            flat, offsets = self._flatten(batch, new_ids)
+            extend_batch(self._table.rows, self._table.slots(batch), flat, offsets)
+
+    def speculate(
+        self, request_ids: Sequence[Hashable], budgets: Sequence[int], *, threshold: float, as_tree: bool
+    ) -> Drafts:
+        """Draft for live requests.
+
+        Args:
+            request_ids: R live requests.
+            budgets: R numbers: most draft tokens for each; 0 = none. At most 256 are drafted.
+            threshold: draft a token only if its path is accepted with at least this probability: the cost of one more
+                draft token over the value of one accepted token.
+            as_tree: draft trees; else paths.
+
+        Raises:
+            ValueError: a request is not live.
+        """
+        with self.lock:
+            slots = self._table.slots(self._batch(request_ids))
+            counts = np.empty(len(slots), np.int64)
+            wanted = np.array(budgets, np.int64)
+            total = speculate_batch(self._table.rows, slots, wanted, float(threshold), bool(as_tree), counts)
+            return self._read(slots, counts, total)
+
+    def step(
+        self,
+        request_ids: Sequence[Hashable],
+        new_ids: Sequence[Int32Array],
+        budgets: Sequence[int],
+        *,
+        threshold: float,
+        as_tree: bool,
+    ) -> Drafts:
+        """``extend`` and ``speculate`` in one call: what an engine step needs."""
+        with self.lock:
+            batch = self._batch(request_ids)
+            slots = self._table.slots(batch)
+            flat, offsets = self._flatten(batch, new_ids)
+            counts = np.empty(len(slots), np.int64)
+            wanted = np.array(budgets, np.int64)
+            total = step_batch(self._table.rows, slots, flat, offsets, wanted, float(threshold), bool(as_tree), counts)
+            return self._read(slots, counts, total)
+
+    def _read(self, slots: Int64Array, counts: Int64Array, total: int) -> Drafts:
+        size = total + len(slots)
+        tokens, parents, values = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.float32)
+        read_drafts(self._table.rows, slots, tokens, parents, values)
+        offsets = np.zeros(len(slots) + 1, np.int64)
+        np.cumsum(counts + 1, out=offsets[1:])
+        return Drafts(offsets, tokens, parents, values)
+
+    def match_length(self, request_id: Hashable) -> int:
+        """Longest match that the last ``speculate`` of a request found, in tokens."""
+        with self.lock:
+            return int(self._table.rows[self._batch([request_id])[0].slot, at.R_BEST_LENGTH])
+
+    def finish(self, request_id: Hashable) -> None:
+        """Let a request go; its response stays cached.
+
+        Raises:
+            ValueError: the request is not live.
+        """
+        with self.lock:
+            (live,) = self._batch([request_id])
+            del self._live[request_id]
+            self._table.release(live)
+            if live.key is not None:
+                live.index.close(live.key)
+                self._note_finished(live.tenant, live.key)
+
+    # --- forgetting ---------------------------------------------------------------------------------------------------
+
+    def _note_finished(self, tenant: str, key: Hashable) -> None:
+        self._finished.pop((tenant, key), None)
+        if self.ttl is not None:
+            self._finished[tenant, key] = self._clock()
+
+    def expire(self) -> int:
+        """Delete responses that were completed longer than ``ttl`` ago; returns how many."""
+        if self.ttl is None:
+            return 0
+        with self.lock:
+            expired = 0
+            limit = self._clock() - self.ttl
+            while self._finished and next(iter(self._finished.values())) <= limit:
+                tenant, key = next(iter(self._finished))
+                del self._finished[tenant, key]
+                index = self._tenants.get(tenant)
+                if index is not None and key in index.responses:
+                    self._delete(tenant, key)
+                    expired += 1
+            return expired
+
+    def _delete(self, tenant: str, key: Hashable) -> None:
+        index = self._tenants[tenant]
+        live = self._live.get(key)
+        if live is not None and live.index is index and live.key == key:
+            live.key = None
+            self._table.rows[live.slot, at.R_SEQUENCE] = 0
+            self._table.rows[live.slot, at.R_POSITION] = 0
+        index.delete(key)
+        self._finished.pop((tenant, key), None)
+
+    def forget(self, request_id: Hashable, *, tenant: str = "") -> None:
+        """Delete a request's cached response, live or finished; a live request goes on without being cached.
+
+        Raises:
+            ValueError: nothing is cached under this id.
+        """
+        with self.lock:
+            index = self._tenants.get(tenant)
+            if index is None or request_id not in index.responses:
+                raise ValueError(f"request {request_id!r} is not cached")
+            self._delete(tenant, request_id)
+
+    def forget_tenant(self, tenant: str) -> None:
+        """Drop everything of a tenant: responses and calibration. Its live requests go on with an empty index.
+
+        Raises:
+            ValueError: the tenant is unknown.
+        """
+        with self.lock:
+            if tenant not in self._tenants:
+                raise ValueError(f"tenant {tenant!r} is unknown")
+            del self._tenants[tenant]
+            for key in [key for key in self._finished if key[0] == tenant]:
+                del self._finished[key]
+            for live in self._live.values():
+                if live.tenant == tenant:
+                    live.index, live.key = self.index(tenant), None
+                    row = self._table.rows[live.slot]
+                    row[at.R_INDEX] = live.index.address
+                    row[[at.R_SEQUENCE, at.R_POSITION, at.R_PIN_CACHED, at.R_DRAFTED]] = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use: all indexes and the buffers of live requests."""
+        with self.lock:
+            shared = 0 if self.shared is None else self.shared.nbytes
+            live = sum(r.tokens.nbytes + r.links.nbytes + r.heads.nbytes + r.record.nbytes for r in self._live.values())
+            return shared + live + sum(index.nbytes for index in self._tenants.values())

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from specdec.suffix_tree import layout as at
+from specdec.suffix_tree import _layout as at
 from specdec.suffix_tree.index import SuffixIndex
 from specdec.suffix_tree.live import Live, LiveTable, as_tokens
 from specdec.suffix_tree.memory import Int32Array, Int64Array
 from specdec.suffix_tree.prior import Prior, load_prior
-from specdec.suffix_tree.steps import extend_batch, read_drafts, speculate_batch, step_batch
+from specdec.suffix_tree.steps import extend_batch, read_drafts, replay, speculate_batch, step_batch
 
 __all__ = ["Drafts", "SuffixCache", "as_tokens"]
 
@@ -262,6 +262,30 @@ class SuffixCache:
         """Longest match that the last ``speculate`` of a request found, in tokens."""
         with self.lock:
             return int(self._table.rows[self._batch([request_id])[0].slot, at.R_BEST_LENGTH])
+
+    def replay(
+        self, request_id: Hashable, response_ids: Int32Array, *, budget: int, threshold: float, as_tree: bool
+    ) -> tuple[int, int, int]:
+        """Draft and verify a recorded response to its end, as a target that produces exactly it would.
+
+        Args:
+            request_id: a live request.
+            response_ids: [G] int32: what the request goes on with.
+            budget: most draft tokens of a step.
+            threshold: as in ``speculate``.
+            as_tree: likewise.
+
+        Returns:
+            Steps, accepted draft tokens, draft tokens.
+        """
+        totals = np.zeros(3, np.int64)
+        with self.lock:
+            (live,) = self._batch([request_id])
+            self._table.make_room([live], [len(response_ids)])
+            row = self._table.rows[live.slot]
+            replay(row, as_tokens(response_ids), int(budget), float(threshold), bool(as_tree), totals)
+        steps, accepted, drafted = totals.tolist()
+        return steps, accepted, drafted
 
     def finish(self, request_id: Hashable) -> None:
         """Let a request go; its response stays cached.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from specdec.suffix_tree.layout import (
+from specdec.suffix_tree._layout import (
     D_INPUT,
     D_PARENT,
     D_TOKEN,
@@ -35,7 +35,7 @@ from specdec.suffix_tree.layout import (
 )
 from specdec.suffix_tree.memory import Int32Array, Int64Array, float32_at, int32_at, kernel
 
-__all__ = ["NUM_TABLE_CELLS", "NUM_WEIGHTS", "describe", "learn", "predict"]
+__all__ = ["NUM_TABLE_CELLS", "NUM_WEIGHTS", "T_TOKEN", "describe", "learn", "predict"]
 
 FloatArray = npt.NDArray[np.float32]
 f4 = np.float32

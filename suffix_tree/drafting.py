@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from specdec.suffix_tree.calibration import describe, predict
-from specdec.suffix_tree.layout import (
+from specdec.suffix_tree._layout import (
     BRANCH_WIDTH,
     D_INPUT,
     D_PARENT,
@@ -48,6 +47,7 @@ from specdec.suffix_tree.layout import (
     X_TOKENS,
     X_WEIGHTS,
 )
+from specdec.suffix_tree.calibration import describe, predict
 from specdec.suffix_tree.matching import find_candidates, position_after
 from specdec.suffix_tree.memory import Int32Array, Int64Array, float32_at, int32_at, int64_at, kernel
 

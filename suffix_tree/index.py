@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from specdec.suffix_tree import layout as at
-from specdec.suffix_tree.calibration import NUM_TABLE_CELLS, NUM_WEIGHTS
+from specdec.suffix_tree import _layout as at
+from specdec.suffix_tree.calibration import NUM_TABLE_CELLS, NUM_WEIGHTS, T_TOKEN
 from specdec.suffix_tree.integrity import check_arrays
 from specdec.suffix_tree.memory import Int32Array, address_of, overlay_file, reserve_int32
 from specdec.suffix_tree.paged import free_pages
@@ -211,6 +211,12 @@ class SuffixIndex:
         for entry in held_back:
             heapq.heappush(self._by_use, entry)
         return found
+
+    def prior(self, *, count_limit: float) -> Prior:
+        """What was learned, as starting values for other indexes: a cell counts as at most ``count_limit`` outcomes."""
+        probs = np.clip(self.table(at.X_PROBS)[:T_TOKEN] + np.float32(0.5), 0.002, 0.998)
+        counts = np.minimum(self.table(at.X_COUNTS)[:T_TOKEN], np.float32(count_limit))
+        return Prior(probs, counts, self.table(at.X_WEIGHTS)[:NUM_WEIGHTS].copy())
 
     def check_integrity(self) -> None:
         """Walk the whole index and raise AssertionError with the first broken invariant, in words."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from specdec.suffix_tree import layout as at
+from specdec.suffix_tree import _layout as at
 from specdec.suffix_tree.memory import Int32Array
 
 __all__ = ["check_arrays"]

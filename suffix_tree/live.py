@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from specdec.suffix_tree import layout as at
+from specdec.suffix_tree import _layout as at
 from specdec.suffix_tree.index import SuffixIndex
 from specdec.suffix_tree.memory import Int32Array, Int64Array, address_of
 from specdec.suffix_tree.steps import begin_request

@@ -10,7 +10,7 @@ however many newer occurrences of its last tokens there are.
 
 from __future__ import annotations
 
-from specdec.suffix_tree.layout import (
+from specdec.suffix_tree._layout import (
     ENOUGH_CANDIDATES,
     MAX_CANDIDATES,
     MAX_MATCH,

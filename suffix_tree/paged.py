@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from specdec.suffix_tree.layout import (
+from specdec.suffix_tree._layout import (
     NUM_ORDERS,
     ORDER_0,
     ORDER_1,

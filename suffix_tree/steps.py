@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from specdec.suffix_tree.calibration import learn
-from specdec.suffix_tree.drafting import draft_path, draft_tree
-from specdec.suffix_tree.layout import (
+from specdec.suffix_tree._layout import (
     D_PARENT,
     D_TOKEN,
     D_VALUES,
@@ -17,6 +15,8 @@ from specdec.suffix_tree.layout import (
     R_SEQUENCE,
     RECORD_WIDTH,
 )
+from specdec.suffix_tree.calibration import learn
+from specdec.suffix_tree.drafting import draft_path, draft_tree
 from specdec.suffix_tree.matching import advance_pins
 from specdec.suffix_tree.memory import Int32Array, Int64Array, float32_at, int32_at, int64_at, kernel
 from specdec.suffix_tree.paged import append_tokens, begin_cached

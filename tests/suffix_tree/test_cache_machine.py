@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from specdec.suffix_tree import layout as at
+from specdec.suffix_tree import _layout as at
 from specdec.suffix_tree.cache import SuffixCache
 from specdec.suffix_tree.index import BYTES_PER_PAGE
 from tests.suffix_tree.naive import NaiveCache

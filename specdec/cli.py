@@ -14,6 +14,7 @@ import typer
 from specdec import __version__
 from specdec.commands import printing
 from specdec.commands.check import check
+from specdec.commands.doctor import doctor
 from specdec.commands.generate import generate
 from specdec.errors import InternalError, SpecdecError
 
@@ -48,6 +49,7 @@ def _root(
 
 app.command()(generate)
 app.command()(check)
+app.command()(doctor)
 
 
 def main() -> None:

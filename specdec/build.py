@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from specdec.chain_target import ChainTarget
 from specdec.config import EngineConfig
 from specdec.controller import BackoffController, FixedController
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.engine import Engine
-from specdec.errors import ConfigError
-from specdec.probe import probe
+from specdec.errors import ConfigError, UnsupportedError
+from specdec.plain_target import PlainTarget
 from specdec.protocols import Controller, Drafter, Observer, TargetModel
+from specdec.rope import freeze_rope
+from specdec.routes import Route, choose_route
 from specdec.sampling import Sampler
 from specdec.tree_target import TreeTarget, kv_bytes_per_token
 from specdec.verifier.match import MatchVerifier
@@ -23,12 +27,15 @@ from specdec.verifier.match import MatchVerifier
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["DRAFTERS", "build_drafter", "build_engine", "build_target", "model_max_length"]
 
 # Name on the command line and in ``speculate`` -> class; options are the class's keyword arguments.
 DRAFTERS: Mapping[str, Callable[..., Drafter]] = {"none": NoDrafter, "ngram": NgramDrafter}
 
 _DEFAULT_MAX_LENGTH = 32_768  # for models that state no limit, such as recurrent ones
+_MAX_CHAIN = 64  # a chain of retrieved tokens is seldom right for longer
 _MEMORY_SHARE = 0.25  # of what is free, for the KV pool: weights and activations of others need the rest
 
 
@@ -56,27 +63,43 @@ def model_max_length(model: PreTrainedModel) -> int:
     return int(stated) if stated else _DEFAULT_MAX_LENGTH
 
 
-def build_target(model: PreTrainedModel, config: EngineConfig) -> TargetModel:
+def build_target(model: PreTrainedModel, config: EngineConfig, *, route: Route | None = None) -> TargetModel:
     """The target for ``model`` on the best path that it can take.
 
     Args:
-        model: a causal LM in evaluation mode.
+        model: a causal LM in evaluation mode, its RoPE frozen where that is needed.
         config: limits.
+        route: what ``choose_route`` found before; None: it is asked now.
 
     Raises:
         UnsupportedError: no path can serve this model.
     """
     max_length = config.max_length or model_max_length(model)
-    calls = probe(model, limit=max_length)
-    per_token = kv_bytes_per_token(calls, model.dtype)
+    _require_one_device(model)
+    route = route or choose_route(model, max_length=max_length)
+    if route.kind == "refused":
+        raise UnsupportedError(f"{type(model).__name__} cannot be served: {' '.join(route.reasons)}")
+    num_drafts = _MAX_CHAIN if route.can_draft else 0
+    if route.kind == "plain":
+        return PlainTarget(model, max_length=max_length, max_draft_tokens=num_drafts)
+    per_token = kv_bytes_per_token(route.calls, model.dtype)
+    kv_tokens = config.kv_tokens or _default_kv_tokens(per_token, model.device, config, max_length)
+    if route.kind == "chain":
+        return ChainTarget(model, kv_tokens=kv_tokens, max_length=max_length, max_draft_tokens=num_drafts)
     return TreeTarget(
         model,
-        calls,
-        kv_tokens=config.kv_tokens or _default_kv_tokens(per_token, model.device, config, max_length),
+        route.calls,
+        kv_tokens=kv_tokens,
         max_length=max_length,
         max_batch_size=config.max_batch_size,
         max_step_tokens=config.max_prefill_tokens,
     )
+
+
+def _require_one_device(model: PreTrainedModel) -> None:
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise UnsupportedError(f"all parameters of the model must be on one device, got {', '.join(devices)}")
 
 
 def _default_kv_tokens(bytes_per_token: int, device: torch.device, config: EngineConfig, max_length: int) -> int:
@@ -97,6 +120,7 @@ def build_engine(
     tokenizer: PreTrainedTokenizerBase | None = None,
     drafter_options: Mapping[str, Any] | None = None,
     observers: Sequence[Observer] = (),
+    route: Route | None = None,
     **options: Any,
 ) -> Engine:
     """An engine around a Hugging Face causal LM.
@@ -109,7 +133,11 @@ def build_engine(
         tokenizer: for stop strings.
         drafter_options: keyword arguments of the named drafter.
         observers: see every step.
+        route: what ``choose_route`` found before for this model and length; None: it is asked now.
         **options: fields of ``EngineConfig``.
+
+    Effects: rotary embeddings whose frequencies follow the sequence length are frozen for the engine's longest request
+        until ``Engine.close``; all other models are left as they are.
 
     Raises:
         ConfigError: an option breaks its rule.
@@ -120,10 +148,16 @@ def build_engine(
         raise ConfigError("give a budget or a controller, not both")
     controller = controller or (BackoffController() if budget is None else FixedController(budget))
     guesser = build_drafter(drafter, **(drafter_options or {}))
-    target = build_target(model, config)
-    verifier = MatchVerifier(Sampler(target.vocab_size, device=model.device))
-    for part in (guesser, verifier):
-        warmup = getattr(part, "warmup", None)  # compiles what is not compiled yet, so that no request waits for it
-        if warmup is not None:
-            warmup()
-    return Engine(target, verifier, guesser, controller, tokenizer=tokenizer, config=config, observers=observers)
+    frozen = freeze_rope(model, config.max_length or model_max_length(model))
+    try:
+        target = build_target(model, config, route=route)
+        for notice in frozen.notices:
+            logger.warning("%s", notice)
+        verifier = MatchVerifier(Sampler(target.vocab_size, device=model.device))
+        return Engine(
+            target, verifier, guesser, controller, tokenizer=tokenizer, config=config, observers=observers,
+            on_close=frozen.restore,
+        )  # fmt: skip
+    except BaseException:
+        frozen.restore()
+        raise

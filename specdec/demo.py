@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from specdec.bench.edit_tasks import EditTask
-from specdec.build import build_engine
+from specdec.build import build_engine, model_max_length
+from specdec.routes import Route, choose_route
 from specdec.types import IntArray, Request, RequestState, SamplingParams
 
 if TYPE_CHECKING:
@@ -107,9 +108,10 @@ def run_demo(
         repeats: timed runs of each way; the median counts.
         on_progress: called after every finished edit.
     """
+    route = choose_route(model, max_length=model_max_length(model))
     edits = []
     for task in tasks:
-        edits.append(_run_edit(model, tokenizer, task, drafter, budget, repeats))
+        edits.append(_run_edit(model, tokenizer, task, drafter, budget, repeats, route))
         on_progress()
     return DemoResult(drafter, tuple(edits))
 
@@ -121,6 +123,7 @@ def _run_edit(
     drafter: str,
     budget: int | None,
     repeats: int,
+    route: Route,
 ) -> EditResult:
     message = [{"role": "user", "content": task.user}]
     encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
@@ -131,8 +134,8 @@ def _run_edit(
     plain: list[tuple[float, RequestState]] = []
     drafted: list[tuple[float, RequestState]] = []
     for _ in range(repeats + 1):
-        plain.append(_decode(model, "none", 0, prompt, sampling))
-        drafted.append(_decode(model, drafter, budget, prompt, sampling))
+        plain.append(_decode(model, "none", 0, prompt, sampling, route))
+        drafted.append(_decode(model, drafter, budget, prompt, sampling, route))
     state = drafted[-1][1]
     answer = tokenizer.decode(state.output_ids, skip_special_tokens=True)
     return EditResult(
@@ -151,10 +154,12 @@ def _run_edit(
 
 
 def _decode(
-    model: PreTrainedModel, drafter: str, budget: int | None, prompt: IntArray, sampling: SamplingParams
+    model: PreTrainedModel, drafter: str, budget: int | None, prompt: IntArray, sampling: SamplingParams, route: Route
 ) -> tuple[float, RequestState]:
     kv_tokens = len(prompt) + sampling.max_new_tokens + 512
-    engine = build_engine(model, drafter, budget=budget, kv_tokens=kv_tokens, max_batch_size=1, max_prefill_tokens=4096)
+    engine = build_engine(
+        model, drafter, budget=budget, route=route, kv_tokens=kv_tokens, max_batch_size=1, max_prefill_tokens=4096
+    )
     start = perf_counter()
     state = engine.submit(Request("edit", prompt, sampling))
     while engine.has_work:

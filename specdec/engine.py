@@ -5,7 +5,7 @@ The engine knows contracts only; ``specdec.build`` puts concrete parts together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,7 @@ class Engine:
         tokenizer: for stop strings only.
         config: limits.
         observers: see every step.
+        on_close: called once by ``close``.
 
     Raises:
         UnsupportedError: the drafter needs what this target or verifier does not give.
@@ -64,6 +65,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         config: EngineConfig | None = None,
         observers: Sequence[Observer] = (),
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         if drafter.needs.hidden_layers:
             raise UnsupportedError(f"{type(drafter).__name__} reads hidden states, which this target does not give")
@@ -77,6 +79,19 @@ class Engine:
         self._states: dict[str, RequestState] = {}
         self._stops: dict[str, StopChecker] = {}
         self._outbox: list[RequestOutput] = []
+        self._on_close = on_close
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what is live and give the model back as it was; the engine must not be used afterwards."""
+        self._finish([(state, "cancelled") for state in list(self._states.values())])
+        on_close, self._on_close = self._on_close, lambda: None
+        on_close()
 
     @property
     def has_work(self) -> bool:

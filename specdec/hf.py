@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -25,9 +26,12 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from specdec.build import build_drafter, build_engine
+from specdec.build import build_drafter, build_engine, model_max_length
+from specdec.engine import Engine
 from specdec.errors import ConfigError, RequestError, UnsupportedError
 from specdec.protocols import Controller, Drafter
+from specdec.rope import freeze_rope
+from specdec.routes import Route, choose_route
 from specdec.types import Request, RequestState, SamplingParams
 
 if TYPE_CHECKING:
@@ -163,7 +167,6 @@ class Speculation:
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
-        streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
     ) -> torch.Tensor | SpeculativeOutput:
         """Decode; called by ``generate`` with everything prepared.
@@ -175,7 +178,6 @@ class Speculation:
             stopping_criteria: the complete list.
             generation_config: as prepared.
             synced_gpus: must be False.
-            streamer: never set by transformers; ``speculate(streamer=...)`` is.
             **model_kwargs: of these, ``attention_mask`` is read.
 
         Returns:
@@ -185,29 +187,34 @@ class Speculation:
             UnsupportedError: beam search, encoder-decoder models, per-step outputs, extra model inputs.
         """
         _refuse(model, input_ids, generation_config, synced_gpus, model_kwargs)
-        streamer = self.streamer or streamer
+        streamer = self.streamer
         if streamer is not None and len(input_ids) > 1:
             raise UnsupportedError(f"a streamer takes one sequence, got a batch of {len(input_ids)}")
         requests = self._requests(input_ids, model_kwargs, logits_processor, stopping_criteria, generation_config)
-        engine = build_engine(
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        states: dict[str, RequestState] = {}
+        with self._engine(model, requests) as engine:
+            for output in engine.generate(requests):
+                states[output.request_id] = output.state
+                if streamer is not None:
+                    for token_id in output.new_ids:
+                        streamer.put(torch.tensor([token_id]))
+        if streamer is not None:
+            streamer.end()
+        return _package(input_ids, [states[r.request_id] for r in requests], generation_config)
+
+    def _engine(self, model: PreTrainedModel, requests: Sequence[Request]) -> Engine:
+        limits = self._limits(requests)
+        return build_engine(
             model,
             self.drafter,
             budget=self.budget,
             controller=self.controller,
             tokenizer=self.tokenizer,
-            **self._limits(requests),
+            route=_route(model, limits.get("max_length") or model_max_length(model)),
+            **limits,
         )
-        if streamer is not None and self.streamer is not None:
-            streamer.put(input_ids.cpu())
-        states: dict[str, RequestState] = {}
-        for output in engine.generate(requests):
-            states[output.request_id] = output.state
-            if streamer is not None:
-                for token_id in output.new_ids:
-                    streamer.put(torch.tensor([token_id]))
-        if streamer is not None:
-            streamer.end()
-        return _package(input_ids, [states[r.request_id] for r in requests], generation_config)
 
     def _limits(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Engine limits that just hold this call, unless the user set them."""
@@ -327,3 +334,17 @@ def _package(
         return sequences
     stats = tuple(SpeculationStats(s.num_steps, s.num_drafted, s.num_accepted, s.num_output_tokens) for s in states)
     return SpeculativeOutput(sequences=sequences, speculation=stats)
+
+
+# What the probe found, so that a second generate() call on a model does not probe it again. A memo: dropping it changes
+# nothing but time, and entries go with their models.
+_ROUTES: WeakKeyDictionary[PreTrainedModel, tuple[tuple[torch.device, torch.dtype, int], Route]] = WeakKeyDictionary()
+
+
+def _route(model: PreTrainedModel, max_length: int) -> Route:
+    place = (model.device, model.dtype, max_length)
+    known = _ROUTES.get(model)
+    if known is None or known[0] != place:
+        with freeze_rope(model, max_length):
+            known = _ROUTES[model] = (place, choose_route(model, max_length=max_length))
+    return known[1]

@@ -1,0 +1,99 @@
+"""Writes the numbers of the README from the committed results: no figure there is typed by hand.
+
+    python -m specdec.bench.readme_tables
+
+A region of the README between ``<!-- table: NAME -->`` and ``<!-- end -->`` belongs to the function ``_NAME`` here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from specdec.errors import ConfigError, LoadError
+
+__all__ = ["render"]
+
+_ROOT = Path(__file__).resolve().parents[1]
+_RESULTS = Path("bench/results")
+_REGION = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render(readme: str, root: Path) -> str:
+    """``readme`` with every region made anew from the results under ``root``.
+
+    Raises:
+        ConfigError: a region that no function here fills.
+        LoadError: a result file is missing.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in _TABLES:
+            raise ConfigError(f"README region must be one of {', '.join(_TABLES)}, got {name!r}")
+        return match[1] + _TABLES[name](root) + match[3]
+
+    return _REGION.sub(fill, readme)
+
+
+def _load(root: Path, name: str) -> dict[str, Any]:
+    path = root / _RESULTS / f"{name}.json"
+    try:
+        return json.loads(path.read_text())  # type: ignore[no-any-return]
+    except FileNotFoundError:
+        raise LoadError(f"{path} does not exist: run the benchmark that writes it") from None
+
+
+def _source(name: str, result: Mapping[str, Any]) -> str:
+    where = result["environment"]
+    packages = where["packages"]
+    versions = f"torch {packages['torch']}, transformers {packages['transformers']}"
+    return (
+        f"{where['cores']} cores of {where['cpu']}, {versions}, {where['date'][:10]}; "
+        f"[`{name}.json`]({_RESULTS}/{name}.json), made by `{where['command']}`.\n"
+    )
+
+
+def _demo(root: Path) -> str:
+    result = _load(root, "demo")
+    rows = [
+        "| edits | new tokens | plain | n-gram | speed-up | tokens per step | same tokens |",
+        "|---|---|---|---|---|---|---|",
+        f"| {result['num_edits']} | {result['num_new_tokens']} | {result['plain_tokens_per_s']:.0f}/s "
+        f"| {result['drafted_tokens_per_s']:.0f}/s | **{result['speedup']:.1f}x** "
+        f"| {result['acceptance_length']:.1f} | {'yes' if result['same_tokens'] else 'no'} |",
+    ]
+    return "\n".join(rows) + "\n\n" + _source("demo", result)
+
+
+def _plain_speed(root: Path) -> str:
+    result = _load(root, "plain_speed")
+    rows = ["| model | requests | `generate` | engine, budget 0 | ratio (range) |", "|---|---|---|---|---|"]
+    for model, cases in result["models"].items():
+        for case, figures in cases.items():
+            rows.append(
+                f"| {model} | {case} | {figures['generate']['median_s']:.2f} s "
+                f"| {figures['engine_budget_0']['median_s']:.2f} s | {figures['speedup_median']:.2f} "
+                f"({figures['speedup_min']:.2f} to {figures['speedup_max']:.2f}) |"
+            )
+    return "\n".join(rows) + "\n\n" + _source("plain_speed", result)
+
+
+_TABLES: Mapping[str, Callable[[Path], str]] = {"demo": _demo, "plain_speed": _plain_speed}
+
+
+def main() -> None:
+    """Rewrite the README in place."""
+    path = _ROOT / "README.md"
+    before = path.read_text(encoding="utf-8")
+    after = render(before, _ROOT)
+    path.write_text(after, encoding="utf-8")
+    sys.stderr.write(f"README.md {'rewritten' if after != before else 'is up to date'}\n")
+
+
+if __name__ == "__main__":
+    main()

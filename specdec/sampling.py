@@ -16,7 +16,7 @@ from torch import Tensor
 from specdec.errors import InternalError
 from specdec.processors import NodeBatch, Op, compile_processors, run
 from specdec.rng import gumbel_argmax
-from specdec.types import DraftTree, IntArray, RequestState, TargetOutput
+from specdec.types import DraftTree, IntArray, Request, RequestState, SamplingParams, TargetOutput
 
 __all__ = ["Sampler"]
 
@@ -66,6 +66,19 @@ class Sampler:
             UnsupportedError: a processor that cannot be applied to a tree; the message names its class.
         """
         self._live[state.request_id] = _Live(state, compile_processors(state, self.vocab_size, self.device))
+
+    def warmup(self) -> None:
+        """Compile, or load from the disk cache, all loops that a request could need, so that none does it in a step."""
+        params = SamplingParams(
+            temperature=0.5, top_k=1, top_p=0.5, repetition_penalty=1.1, presence_penalty=0.1, no_repeat_ngram_size=2
+        )
+        state = RequestState(Request("warmup", np.zeros(3, dtype=np.int32), params))
+        trees = [DraftTree.chain(0, [0])]
+        output = TargetOutput(torch.zeros(2, self.vocab_size, device=self.device), np.array([0, 2], dtype=np.int32))
+        scratch = Sampler(self.vocab_size, device=self.device)
+        scratch.start(state)
+        scratch.target_ids([state], trees, output)
+        scratch.commit(state, [0])
 
     def stop(self, request_ids: Sequence[str]) -> None:
         """Forget requests; unknown ones are no error."""

@@ -1,3 +1,4 @@
+import numba
 import numpy as np
 import pytest
 import torch
@@ -5,9 +6,11 @@ import transformers.generation.logits_process as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdec import sampling
+from specdec import philox, sampling
 from specdec.errors import InternalError
+from specdec.processors import cpu, ngrams
 from specdec.rng import gumbel
+from specdec.sampling import Sampler
 from specdec.types import DraftTree, SamplingParams
 from tests.sampling_cases import (
     VOCAB_SIZE,
@@ -21,6 +24,9 @@ from tests.sampling_cases import (
 )
 
 torch.set_num_threads(1)
+
+LOOPS = [philox.draw, ngrams._chain, ngrams._repeats, cpu.ban, cpu.keep_top_k, cpu.keep_top_p]
+LOOPS += [cpu.penalise_repeated, cpu.subtract_counts]
 
 
 def user_processor(input_ids, scores):
@@ -244,6 +250,18 @@ def test_the_drawn_tokens_follow_the_law_of_transformers_by_chi_square():
     likely = expected >= 5
     statistic = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
     assert statistic < 25.74  # at most 5 degrees of freedom, p = 1e-4
+
+
+@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="nothing is compiled: NUMBA_DISABLE_JIT is set")
+def test_warming_up_compiles_every_loop_and_leaves_no_request_behind():
+    sampler = Sampler(VOCAB_SIZE)
+    sampler.warmup()
+    assert not sampler._live
+    before = {loop: len(loop.signatures) for loop in LOOPS}
+    assert all(before.values())
+    states, trees, logits = make_batch(0)
+    start(states).target_ids(states, trees, as_output(logits, trees))
+    assert before == {loop: len(loop.signatures) for loop in LOOPS}
 
 
 def test_stopped_requests_are_forgotten_and_unknown_ones_are_no_error():

@@ -44,7 +44,7 @@ def test_top_k_keeps_what_torch_keeps(rows, k):
     assert torch.equal(rows, expected)
 
 
-@given(rows=ROWS, p=st.floats(1e-7, 1 - 1e-7))
+@given(rows=ROWS, p=st.floats(1e-9, 1 - 1e-7))
 def test_top_p_keeps_what_a_stable_sort_keeps(rows, p):
     limit = torch.full((len(rows), 1), 1 - p)
     expected = rows.clone()
@@ -57,6 +57,7 @@ def test_top_p_keeps_what_a_stable_sort_keeps(rows, p):
         assert ((kept.isneginf() ^ expected.isneginf()).sum(-1) <= 1).all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, where the loops are not compiled
 def test_top_p_does_not_break_on_what_is_not_a_number():
     rows = torch.tensor([[float("nan"), 1.0, 2.0], [float("inf"), 1.0, 2.0], [-float("inf")] * 3])
     TopP._warp(rows, torch.full((3, 1), 0.1))

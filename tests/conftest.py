@@ -20,7 +20,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # tests assert on what specdec says
 
-# `ci` finds the same examples on every machine, however slow; `HYPOTHESIS_PROFILE=explore` looks for new ones.
+# `ci` takes its examples from the test's text and from the constants of the modules that happen to be loaded, never
+# from the clock; `HYPOTHESIS_PROFILE=explore` looks for new ones.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers.generation.logits_process as hf
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList, WatermarkingConfig
 
@@ -193,7 +193,10 @@ def test_any_order_of_any_processors_is_kept_per_request(seed, mine, other):
     for state in states:
         params = SamplingParams(temperature=1.0, logits_processors=(LogitsProcessorList(lists[state.request_id]),))
         object.__setattr__(state.request, "sampling", params)
-    expected = plain_scores(states, trees, logits, lists)
+    try:
+        expected = plain_scores(states, trees, logits, lists)
+    except ValueError:  # transformers' own eta warper refuses a row in which every token is forbidden already
+        reject()
     got = start(states).scores(states, trees, as_output(logits, trees))
     assert torch.equal(got.isneginf(), expected.isneginf())
     assert torch.equal(got.nan_to_num(), expected.nan_to_num())

@@ -205,28 +205,29 @@ class Engine:
             for budget, state in zip(budgets, states, strict=True)
         ]
         trees = self.drafter.propose(states, limits)
+        self._check_trees(states, trees, limits)
+        if not self.target.supports_trees:
+            trees = [tree.to_chain() for tree in trees]
+        return {state.request_id: tree for state, tree in zip(states, trees, strict=True)}
+
+    def _check_trees(self, states: Sequence[RequestState], trees: Sequence[DraftTree], limits: Sequence[int]) -> None:
+        """What would corrupt the text silently or break the target; the target checks the parents as it reads them."""
         if len(trees) != len(states):
             raise InternalError(f"the drafter must propose one tree for each of {len(states)} requests: {len(trees)}")
-        by_request: dict[str, DraftTree] = {}
         for state, tree, limit in zip(states, trees, limits, strict=True):
-            self._check_tree(state, tree, limit)
-            by_request[state.request_id] = tree if self.target.supports_trees else tree.to_chain()
-        return by_request
-
-    def _check_tree(self, state: RequestState, tree: DraftTree, limit: int) -> None:
-        """What would corrupt the text silently or break the target; the target checks the parents as it reads them."""
-        token_ids = tree.token_ids
-        if not 1 <= len(token_ids) <= limit + 1 or len(tree.parents) != len(token_ids):
-            raise InternalError(
-                f"the drafter was allowed {limit} draft tokens and proposed {tree.num_draft_tokens}, "
-                f"with {len(tree.parents)} parents"
-            )
-        if token_ids[0] != state.token_ids[-1]:
-            raise InternalError(
-                f"the root of a draft must be the last token, {state.token_ids[-1]}, but it is {token_ids[0]}"
-            )
-        if limit and not (token_ids.min() >= 0 and token_ids.max() < self.target.vocab_size):
-            raise InternalError(f"draft token ids must be in [0, {self.target.vocab_size}), got {token_ids.tolist()}")
+            num_nodes = len(tree.token_ids)
+            if not 1 <= num_nodes <= limit + 1 or len(tree.parents) != num_nodes:
+                raise InternalError(
+                    f"the drafter was allowed {limit} draft tokens and proposed {num_nodes - 1}, "
+                    f"with {len(tree.parents)} parents"
+                )
+            last, root = state.token_ids[-1], tree.token_ids[0]
+            if root != last:
+                raise InternalError(f"the root of a draft must be the last token, {last}, but it is {root}")
+        token_ids = np.concatenate([tree.token_ids for tree in trees])
+        if token_ids.min() < 0 or token_ids.max() >= self.target.vocab_size:
+            bad = token_ids[(token_ids < 0) | (token_ids >= self.target.vocab_size)][0]
+            raise InternalError(f"draft token ids must be in [0, {self.target.vocab_size}), got {bad}")
 
     def _num_left(self, state: RequestState) -> int:
         by_request = state.request.sampling.max_new_tokens - state.num_output_tokens
@@ -248,9 +249,9 @@ class Engine:
     ) -> list[IntArray]:
         """Cut each result at its first stop, keep the KV of what stays, append the tokens; what each request got."""
         keep: dict[str, list[int]] = {}
-        emitted: list[tuple[IntArray, FinishReason | None]] = []
+        emitted: list[tuple[list[int], FinishReason | None]] = []
         for chunk, result in zip(decoding, results, strict=True):
-            new_ids = np.append(result.accepted_ids, np.int32(result.bonus_id))
+            new_ids = [*result.accepted_ids.tolist(), result.bonus_id]
             try:
                 count, reason = self._stops[chunk.state.request_id].cut(chunk.state.token_ids, new_ids)
             except Exception as error:
@@ -264,15 +265,15 @@ class Engine:
         for chunk, nodes in zip(chunks, kept, strict=True):
             chunk.state.num_cached += len(chunk.prefix_ids) + len(nodes)
         for chunk, result, (ids, reason) in zip(decoding, results, emitted, strict=True):
-            state, new_ids = chunk.state, ids.tolist()
-            self.verifier.commit(state, new_ids)
+            state = chunk.state
+            self.verifier.commit(state, ids)
             state.append(ids)
             state.num_steps += 1
             state.num_drafted += chunk.tree.num_draft_tokens if chunk.tree is not None else 0
             state.num_accepted += min(result.num_accepted, len(ids))
             # At once, so that no token which a state holds can miss its output.
-            outputs.append(RequestOutput(state.request_id, new_ids, reason, state))
-        return [ids for ids, _ in emitted]
+            outputs.append(RequestOutput(state.request_id, ids, reason, state))
+        return [np.array(ids, dtype=np.int32) for ids, _ in emitted]
 
     def _finish(self, ended: Sequence[tuple[RequestState, FinishReason]]) -> None:
         """Forget requests. Those that are no longer live are skipped: an observer may have cancelled one."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from specdec.errors import InternalError
 from specdec.kv_slots import SlotAllocator, SlotTable
 from specdec.types import IntArray
 
-__all__ = ["CallShape", "GroupKey", "KVGroup", "KVPool", "first_visible"]
+__all__ = ["CallShape", "GroupKey", "KVGroup", "KVPool", "Keep", "first_visible"]
 
 MaskKind = Literal["full", "sliding", "chunked"]
 GroupKey = tuple[MaskKind, int]  # (kind, window or chunk length; 0 for full)
@@ -36,6 +36,20 @@ class CallShape:
     num_kv_heads: int
     key_dim: int
     value_dim: int
+
+
+class Keep(NamedTuple):
+    """Which of a request's reserved slots stay.
+
+    Args:
+        request_id: whose.
+        num_leading: how many are kept from the first on.
+        others: ascending indices among the reserved slots, all >= ``num_leading``; kept, too.
+    """
+
+    request_id: str
+    num_leading: int
+    others: IntArray
 
 
 def first_visible(key: GroupKey, position: int) -> int:
@@ -72,18 +86,18 @@ class KVGroup:
         self.keep_runs = keep_runs
         self.keys: dict[int, torch.Tensor] = {}  # call ordinal -> [num_slots, Hkv, Dk]
         self.values: dict[int, torch.Tensor] = {}  # call ordinal -> [num_slots, Hkv, Dv]
-        # Calls of equal geometry share one storage, so that moving a row in all of them is one operation.
+        # Rows of equal width share one storage, so that moving a token in all of them is one operation.
         self._storages: list[torch.Tensor] = []
-        by_shape: dict[CallShape, list[int]] = {}
+        by_width: dict[tuple[int, int], list[tuple[dict[int, torch.Tensor], int]]] = {}
         for ordinal, shape in calls.items():
-            by_shape.setdefault(shape, []).append(ordinal)
-        for shape, ordinals in by_shape.items():
+            for rows, width in ((self.keys, shape.key_dim), (self.values, shape.value_dim)):
+                by_width.setdefault((shape.num_kv_heads, width), []).append((rows, ordinal))
+        for (num_heads, width), owners in by_width.items():
             # Zeros, not garbage: a masked NaN would still poison the product with the values.
-            for target, width in ((self.keys, shape.key_dim), (self.values, shape.value_dim)):
-                size = (len(ordinals), num_slots, shape.num_kv_heads, width)
-                storage = torch.zeros(size, dtype=dtype, device=device)
-                self._storages.append(storage)
-                target.update(zip(ordinals, storage.unbind(0), strict=True))
+            storage = torch.zeros(len(owners), num_slots, num_heads, width, dtype=dtype, device=device)
+            self._storages.append(storage)
+            for (rows, ordinal), part in zip(owners, storage.unbind(0), strict=True):
+                rows[ordinal] = part
 
     def reserve(self, request_id: str, count: int, expected_length: int) -> None:
         """Add ``count`` reserved slots to the request's table; there must be as many free ones.
@@ -106,27 +120,30 @@ class KVGroup:
         table.append(self.allocator.take_any(count))
         table.base = -1
 
-    def commit(self, request_id: str, num_leading: int, others: IntArray) -> None:
-        """Of the reserved slots keep the leading ones and those at indices ``others``; free the rest.
+    def commit(self, keeps: Sequence[Keep]) -> None:
+        """Of each request's reserved slots keep some and free the rest, and those that no later query can see.
 
-        Args:
-            request_id: whose.
-            num_leading: how many reserved slots are kept from the first on.
-            others: ascending indices among the reserved slots, all >= ``num_leading``.
-
-        Effects: cached slots that no later query can see are freed, too.
+        Rows of all requests move in one operation.
         """
-        table = self.tables[request_id]
+        moves = [move for keep in keeps if (move := self._keep(keep)) is not None]
+        if moves:
+            self._move(np.concatenate([source for source, _ in moves]), np.concatenate([target for _, target in moves]))
+
+    def _keep(self, keep: Keep) -> tuple[IntArray, IntArray] | None:
+        """Edit one table; the rows that have to move, as (source, target) slots."""
+        table = self.tables[keep.request_id]
         reserved = table.reserved.copy()
-        count = num_leading + len(others)
+        first, others = keep.num_leading, keep.others
+        count = first + len(others)
+        move = None
         if len(others) and others[-1] != count - 1:  # not the leading slots: a branch was accepted
             if table.is_run:
-                self._move(reserved[others], reserved[num_leading:count])
+                move = reserved[others], reserved[first:count].copy()
             else:
                 dropped = np.ones(len(reserved), dtype=np.bool_)
-                dropped[:num_leading] = False
+                dropped[:first] = False
                 dropped[others] = False
-                reserved = np.concatenate((reserved[:num_leading], reserved[others], reserved[dropped]))
+                reserved = np.concatenate((reserved[:first], reserved[others], reserved[dropped]))
         self.allocator.give(reserved[count:])
         table.slots[table.num_cached : table.num_cached + count] = reserved[:count]
         table.num_cached += count
@@ -135,6 +152,7 @@ class KVGroup:
             gone = first_visible(self.key, table.first + table.num_cached) - table.first
             if gone > 0:
                 self.allocator.give(table.forget(gone))
+        return move
 
     def release(self, request_id: str) -> None:
         """Drop the request's table; unknown requests are none."""
@@ -235,10 +253,10 @@ class KVPool:
             group.reserve(request_id, count, min(expected, group.allocator.num_slots - 1))
         return True
 
-    def commit(self, request_id: str, num_leading: int, others: IntArray) -> None:
-        """Keep the leading reserved slots and those at indices ``others`` in every group, free the rest."""
+    def commit(self, keeps: Sequence[Keep]) -> None:
+        """Keep some of the reserved slots of each request, in every group, and free the rest."""
         for group in self.groups.values():
-            group.commit(request_id, num_leading, others)
+            group.commit(keeps)
 
     def release(self, request_id: str) -> None:
         """Drop everything of a request."""

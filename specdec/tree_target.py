@@ -19,7 +19,7 @@ from numba import njit
 
 from specdec.attention import IMPLEMENTATION, QueryLayout, StepAttention, TailMasks, active
 from specdec.errors import ConfigError, InternalError
-from specdec.kv_cache import CallShape, GroupKey, KVPool
+from specdec.kv_cache import CallShape, GroupKey, Keep, KVPool
 from specdec.types import Chunk, IntArray, RequestState, TargetOutput
 
 if TYPE_CHECKING:
@@ -140,9 +140,11 @@ class TreeTarget:
 
     @torch.inference_mode()
     def commit(self, chunks: Sequence[Chunk], keep: Sequence[Sequence[int]]) -> None:
+        keeps = []
         for chunk, nodes in zip(chunks, keep, strict=True):
             num_prefix = len(chunk.prefix_ids)
-            self.pool.commit(chunk.state.request_id, num_prefix, np.array(nodes, dtype=np.int32) + num_prefix)
+            keeps.append(Keep(chunk.state.request_id, num_prefix, np.array(nodes, dtype=np.int32) + num_prefix))
+        self.pool.commit(keeps)
 
     @contextmanager
     def _our_attention(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 
 from specdec.attention import IMPLEMENTATION, QueryLayout, StepAttention, TailMasks, active
 from specdec.errors import InternalError
-from specdec.kv_cache import CallShape, GroupKey, KVPool
+from specdec.kv_cache import CallShape, GroupKey, Keep, KVPool
 from tests.oracles import random_tree
 
 FULL: GroupKey = ("full", 0)
@@ -115,7 +115,7 @@ def fill(pool: KVPool, case: Case, name: str, request: Request, *, step: int) ->
         slots = group.tables[name].reserved.astype(np.int64)
         group.keys[0][slots] = request.key[start : start + count].to(group.keys[0].dtype)
         group.values[0][slots] = request.value[start : start + count].to(group.values[0].dtype)
-        pool.commit(name, count, np.empty(0, dtype=np.int32))
+        pool.commit([Keep(name, count, np.empty(0, dtype=np.int32))])
 
 
 def attend(
@@ -296,7 +296,7 @@ def test_more_calls_than_the_probe_saw_are_an_error() -> None:
     step = StepAttention(pool, [requests["0"].layout("0", 0)], [1], dtype=torch.float64, device=torch.device("cpu"),
                          masks={})  # fmt: skip
     row = torch.zeros(1, 2, 1, 8, dtype=torch.float64)
-    pool.commit("0", 0, np.empty(0, dtype=np.int32))
+    pool.commit([Keep("0", 0, np.empty(0, dtype=np.int32))])
     pool.reserve("0", 1, 1)
     step.attend(row, row, row, None, None, None)
     with pytest.raises(InternalError, match="more than the 1 attention calls that the probe saw"):

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from specdec.kv_cache import CallShape, GroupKey, KVGroup, KVPool, first_visible
+from specdec.kv_cache import CallShape, GroupKey, Keep, KVGroup, KVPool, first_visible
 from specdec.kv_slots import TRASH_SLOT, SlotAllocator
 
 FULL: GroupKey = ("full", 0)
@@ -133,7 +133,7 @@ class PoolMachine(RuleBasedStateMachine):
             if (num_leading < model.reserved)
             else []
         )
-        self.pool.commit(request, num_leading, np.array(others, dtype=np.int32))
+        self.pool.commit([Keep(request, num_leading, np.array(others, dtype=np.int32))])
         model.tokens += stamps[:num_leading] + [stamps[index] for index in others]
         model.reserved = 0
 
@@ -178,7 +178,7 @@ def grow(pool: KVPool, request: str, tokens: list[int], steps: int, *, expected:
         stamps = [len(tokens) + 1000, -7, len(tokens) + 1001, -8]
         for group in pool.groups.values():
             write(group, group.tables[request].reserved, stamps)
-        pool.commit(request, 0, np.array([0, 2], dtype=np.int32))
+        pool.commit([Keep(request, 0, np.array([0, 2], dtype=np.int32))])
         tokens += [stamps[0], stamps[2]]
 
 

@@ -187,14 +187,14 @@ class StepAttention:
         group = self.pool.groups[group_key]
         keys, values = group.keys[ordinal], group.values[ordinal]
         slots = self._slots[group_key]
-        keys[slots] = key[0].transpose(0, 1)
-        values[slots] = value[0].transpose(0, 1)
+        _put(keys, slots, key[0].transpose(0, 1))
+        _put(values, slots, value[0].transpose(0, 1))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
         for layout, seen in zip(self.layouts, self._keys[group_key, per_kv], strict=True):
             rows = slice(layout.start, layout.start + layout.num_tokens)
             q = query[0, :, rows].unflatten(0, (key.shape[1], per_kv))  # [Hkv, G, T, Dk]
-            k, v = keys[seen.where].transpose(0, 1), values[seen.where].transpose(0, 1)  # [Hkv, n, D]
+            k, v = _get(keys, seen.where).transpose(0, 1), _get(values, seen.where).transpose(0, 1)  # [Hkv, n, D]
             if softcap is None and sinks is None:
                 result = _attend_plain(q, k, v, seen, scale)
             else:
@@ -234,6 +234,18 @@ class StepAttention:
 
     def _index(self, slots: Sequence[IntArray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(slots).astype(np.int64)).to(self.device)
+
+
+# Rows of a storage [num_slots, Hkv, D]. With an index tensor these two beat `storage[index]`, five times for a gather.
+def _get(storage: torch.Tensor, where: slice | torch.Tensor) -> torch.Tensor:
+    return storage[where] if isinstance(where, slice) else storage.index_select(0, where)
+
+
+def _put(storage: torch.Tensor, where: slice | torch.Tensor, rows: torch.Tensor) -> None:
+    if isinstance(where, slice):
+        storage[where] = rows
+    else:
+        storage.index_copy_(0, where, rows)
 
 
 def _hidden(

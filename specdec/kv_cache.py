@@ -191,7 +191,7 @@ class KVGroup:
         """Copy rows in every call's storage. Gather, then scatter: a target may be another row's source."""
         src, dst = torch.from_numpy(source.astype(np.int64)), torch.from_numpy(target.astype(np.int64))
         for storage in self._storages:
-            storage[:, dst] = storage[:, src]
+            storage.index_copy_(1, dst, storage.index_select(1, src))
 
 
 class KVPool:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from specdec.bench.edit_tasks import heldout_tasks
 
+from specdec.bench.edit_tasks import heldout_tasks
 from specdec.bench.measure import write_json
 from specdec.demo import run_demo
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from specdec.engine import Engine
     from specdec.protocols import Drafter, Observer
+    from specdec.routes import Route
 
 __all__ = ["GENERATE", "HOSTILE", "PLAIN", "EngineFactory", "Lab", "Outputs", "Plan"]
 
@@ -54,6 +55,7 @@ class Plan:
         prompts: continued under every setting.
         stop_token_ids: the model's own end-of-sequence tokens.
         max_new_tokens: per output.
+        max_length: the engines' limit; no request is longer.
         budget: draft tokens per step.
         batch_size: requests at a time.
         num_seeds: seeds per prompt when sampling.
@@ -62,14 +64,10 @@ class Plan:
     prompts: Sequence[Prompt]
     stop_token_ids: tuple[int, ...]
     max_new_tokens: int
+    max_length: int
     budget: int
     batch_size: int
     num_seeds: int
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of the longest request."""
-        return max(len(prompt.token_ids) for prompt in self.prompts) + self.max_new_tokens
 
     def requests(self, setting: Setting) -> list[Request]:
         """Every prompt, with every seed if the setting draws."""
@@ -92,16 +90,16 @@ class Lab:
     Args:
         model: in evaluation mode.
         plan: what to decode.
+        route: the path that the model takes.
         engine_factory: makes engines.
         on_request: called after each finished request.
     """
 
     model: PreTrainedModel
     plan: Plan
+    route: Route
     engine_factory: EngineFactory = build_engine
     on_request: Callable[[], None] = lambda: None
-    path: str = "unknown"  # how drafts are verified: set by the first run
-    can_draft: bool = True  # likewise
     _outputs: dict[tuple[str, str], Outputs] = field(default_factory=dict)
 
     def outputs(self, setting: Setting, decoder: str) -> Outputs:
@@ -124,7 +122,7 @@ class Lab:
         """Run requests through a new engine.
 
         Args:
-            requests: what to continue.
+            requests: what to continue, none longer than the plan's longest.
             drafter: a name that ``build_engine`` knows, or an object.
             budget: None: the plan's.
             batch_size: None: the plan's.
@@ -133,20 +131,24 @@ class Lab:
         """
         size = self.plan.batch_size if batch_size is None else batch_size
         tokens = self.plan.budget if budget is None else budget
-        longest = max(len(r.prompt_ids) + r.sampling.max_new_tokens for r in requests)
         engine = self.engine_factory(
             self.model,
             drafter,
             budget=tokens,
             observers=observers,
+            route=self.route,
             max_batch_size=size,
-            max_length=max(self.plan.max_length, longest),
-            kv_tokens=size * (max(self.plan.max_length, longest) + tokens + 1),
+            max_length=self.plan.max_length,
+            kv_tokens=size * (self.plan.max_length + tokens + 1),
         )
-        self.can_draft = engine.target.max_draft_tokens > 0
-        self.path = "tree" if engine.target.supports_trees else "chain" if self.can_draft else "plain"
-        if tamper is not None:
-            tamper(engine)
+        try:
+            if tamper is not None:
+                tamper(engine)
+            return self._collect(engine, requests)
+        finally:
+            engine.close()
+
+    def _collect(self, engine: Engine, requests: Sequence[Request]) -> Outputs:
         token_ids: dict[str, list[int]] = {request.request_id: [] for request in requests}
         num_steps = num_accepted = 0
         for output in engine.generate(requests):

@@ -65,13 +65,14 @@ def compare_laws(
         return input_ids.shape[1] >= len(prompt_ids) + LENGTH
 
     likely = [list(ids) for ids, _ in Counter(ordinary).most_common(_NUM_LIKELY if knows_likely else 0)]
+    room = min(LENGTH + lab.plan.budget, lab.plan.max_length - len(prompt_ids))
     requests = [
         Request(
             f"sample {index}",
             prompt_ids,
             replace(
                 # With LENGTH as the limit, the engine would cut the drafts: the last token is never worth drafting.
-                setting.sampling(seed=_FIRST_SEED + index, max_new_tokens=LENGTH + lab.plan.budget, stop_token_ids=()),
+                setting.sampling(seed=_FIRST_SEED + index, max_new_tokens=room, stop_token_ids=()),
                 stopping_criteria=(enough,),
             ),
         )

@@ -15,7 +15,9 @@ from specdec.check.laws import compare_laws
 from specdec.check.prompts import BUILTIN_PROMPTS, Prompt, encode
 from specdec.check.report import CheckReport, Comparison, Control, TwoSample
 from specdec.check.settings import GREEDY, LAWS, SAMPLED
-from specdec.errors import ConfigError
+from specdec.errors import ConfigError, UnsupportedError
+from specdec.rope import freeze_rope
+from specdec.routes import Route, choose_route
 from specdec.types import IntArray
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["CheckOptions", "check_drafters", "check_model"]
 
 _LEAST_LAW_TOKENS: Final = 4  # a prompt of the two-sample test is short, but not so short that it says nothing
+
+_LEAST_LENGTH: Final = 128  # tokens: a route is chosen by trying sequences that need some room
 
 Progress = Callable[[str, int, int], None]  # (what is being done, units done, units in all)
 
@@ -118,51 +122,64 @@ class _Check:
         on_progress: Progress | None,
     ) -> None:
         self.options = options
-        limit = model_max_length(model) - options.max_new_tokens
-        if limit < 1:
+        limit = model_max_length(model)
+        if limit <= options.max_new_tokens:
             raise ConfigError(
-                f"max_new_tokens must leave room for a prompt in the context of {model_max_length(model)} tokens, "
+                f"max_new_tokens must leave room for a prompt in the context of {limit} tokens, "
                 f"got {options.max_new_tokens}"
             )
         vocab_size = int(model.config.get_text_config().vocab_size)
-        prompts, notes = encode(dict(texts), tokenizer, vocab_size=vocab_size, max_tokens=limit)
+        prompts, notes = encode(
+            dict(texts), tokenizer, vocab_size=vocab_size, max_tokens=limit - options.max_new_tokens
+        )
+        longest = max(len(prompt.token_ids) for prompt in prompts) + options.max_new_tokens
         plan = Plan(
             prompts=prompts,
             stop_token_ids=_stop_ids(model),
             max_new_tokens=options.max_new_tokens,
+            max_length=min(limit, max(longest, _LEAST_LENGTH)),
             budget=options.budget,
             batch_size=options.batch_size,
             num_seeds=options.num_seeds,
         )
-        self.lab = Lab(model, plan, engine_factory, self._advance)
+        with freeze_rope(model, plan.max_length):
+            route = choose_route(model, max_length=plan.max_length)
+        if route.kind == "refused":
+            raise UnsupportedError(f"{type(model).__name__} cannot be checked: {' '.join(route.reasons)}")
+        self.lab = Lab(model, plan, route, engine_factory, self._advance)
         self.judge = Judge(self.lab, tokenizer, list(notes))
         self._on_progress = on_progress
         self._what, self._num_done, self._num_units = "", 0, self._count_units(prompts)
 
     def run(self, name: str) -> CheckReport:
+        # One rule for all: an engine freezes RoPE that follows the length, so model.generate has to run with it frozen.
+        with freeze_rope(self.lab.model, self.lab.plan.max_length) as freeze:
+            self.judge.notes.extend(freeze.notices)
+            return self._run(name)
+
+    def _run(self, name: str) -> CheckReport:
         begin = perf_counter()
         model = self.lab.model
         comparisons = [*self._greedy(), *self._sampled()]
         tests = self._laws()
         controls: list[Control] = []
-        if self.options.has_controls and self.lab.can_draft:
+        if self.options.has_controls and self.lab.route.can_draft:
             self._what = "broken engines"
             controls = run_controls(self.judge, LAWS[-1], self._law_prompt(), num_samples=self.options.num_samples)
         return CheckReport(
             model=name,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
-            path=self.lab.path,
+            path=self.lab.route.kind,
             tie_rule=tie_rule(model.dtype),
             comparisons=tuple(comparisons),
             two_samples=tuple(tests),
             controls=tuple(controls),
-            notes=(*self.judge.notes, *_notes(self.lab.path)),
+            notes=(*self.judge.notes, *_notes(self.lab.route)),
             seconds=perf_counter() - begin,
         )
 
     def _greedy(self) -> list[Comparison]:
-        # transformers goes first: it must see the model as the user loaded it, before any engine has touched it.
         self._what = "greedy: model.generate"
         self.lab.outputs(GREEDY, GENERATE)
         comparisons = []
@@ -209,15 +226,14 @@ class _Check:
 
 
 def _stop_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    stated = model.generation_config.eos_token_id if model.generation_config is not None else None
+    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
     return tuple(int(token_id) for token_id in ids)
 
 
-def _notes(path: str) -> list[str]:
-    notes = []
-    if path == "chain":
-        notes.append("this model takes the chain path: of every draft tree, one chain was verified")
-    elif path == "plain":
-        notes.append("this model takes the plain path: no draft was ever verified, so the comparisons say little")
-    return notes
+def _notes(route: Route) -> list[str]:
+    if not route.can_draft:
+        return ["this model only decodes plainly: no draft was verified, so there was nothing to go wrong"]
+    if route.kind != "tree":
+        return [f"this model takes the {route.kind} path: of every draft tree, one chain was verified"]
+    return []

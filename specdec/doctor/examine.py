@@ -65,7 +65,7 @@ def examine(
         state = state_nbytes(model) or 0 if route.kind == "chain" else 0
         memory = estimate_memory(model, attention, batch=batch, context=context, state_nbytes=state)
         problems += _memory_problems(memory)
-        costs, problem = _measure(model, batch, min(context, limit - 2), seconds, on_progress)
+        costs, problem = _measure(model, route, batch, min(context, limit - 2), seconds, on_progress)
         problems += [] if problem is None else [problem]
     return DoctorReport(
         model=name,
@@ -123,6 +123,7 @@ def _memory_problems(memory: Memory) -> list[Problem]:
 
 def _measure(
     model: PreTrainedModel,
+    route: Route,
     batch: int,
     context: int,
     seconds: float,
@@ -142,17 +143,16 @@ def _measure(
         max_prefill_tokens=512,
     )
     try:
-        target = build_target(model, config)
-        return (
-            measure_steps(
+        with freeze_rope(model, limit):
+            target = build_target(model, config, route=route)
+            costs = measure_steps(
                 target,
                 batch=batch,
                 context=max(room, 1),
                 seconds=seconds,
                 device=model.device,
                 on_progress=on_progress,
-            ),
-            None,
-        )
+            )
     except (UnsupportedError, MemoryError) as error:
         return None, Problem("probe", "warning", f"steps could not be measured: {error}")
+    return costs, None

@@ -11,11 +11,14 @@ from specdec.check.lab import Lab, Plan
 from specdec.check.laws import LENGTH, compare_laws, ordinary_sample
 from specdec.check.prompts import Prompt
 from specdec.check.settings import LAWS, Setting
+from specdec.routes import choose_route
 from tests.check import broken
 from tests.tiny_models import tiny_llama
 
 PROMPT = np.array([5, 9, 17, 4], dtype=np.int32)
-PLAN = Plan([Prompt("p", PROMPT)], stop_token_ids=(), max_new_tokens=8, budget=6, batch_size=4, num_seeds=1)
+PLAN = Plan(
+    [Prompt("p", PROMPT)], stop_token_ids=(), max_new_tokens=8, max_length=128, budget=6, batch_size=4, num_seeds=1
+)
 
 
 def test_the_ordinary_sampler_draws_from_the_law_of_whole_prefixes():
@@ -38,7 +41,7 @@ def test_the_ordinary_sampler_draws_from_the_law_of_whole_prefixes():
 def test_a_sound_engine_has_the_law_of_the_ordinary_sampler_and_speculates_while_it_shows_it():
     model = tiny_llama()
     model.lm_head.weight.data *= 20
-    test = compare_laws(Lab(model, PLAN), LAWS[1], PROMPT, num_samples=200)
+    test = compare_laws(Lab(model, PLAN, choose_route(model, max_length=128)), LAWS[1], PROMPT, num_samples=200)
     assert not test.is_bug
     assert test.length == LENGTH
     assert test.acceptance_length > 1.1
@@ -47,5 +50,7 @@ def test_a_sound_engine_has_the_law_of_the_ordinary_sampler_and_speculates_while
 
 
 def test_wrong_tokens_are_found_in_the_law():
-    test = compare_laws(Lab(tiny_llama(), PLAN), LAWS[1], PROMPT, num_samples=200, tamper=broken.accept_a_wrong_child)
+    model = tiny_llama()
+    lab = Lab(model, PLAN, choose_route(model, max_length=128))
+    test = compare_laws(lab, LAWS[1], PROMPT, num_samples=200, tamper=broken.accept_a_wrong_child)
     assert test.is_bug

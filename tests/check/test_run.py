@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from specdec.check import CheckOptions, CheckReport, check_drafters, check_model
 from specdec.engine import Engine
-from specdec.errors import ConfigError
+from specdec.errors import ConfigError, UnsupportedError
 from tests.check import broken
+from tests.tiny_kinds import headless_model, hybrid_model
 from tests.tiny_models import byte_tokenizer, tiny_llama
 
 TEXTS = {"repeats": "abcabcabcab", "short": "x", "words": "the cat sat on the mat"}
@@ -22,7 +23,7 @@ QUICK = CheckOptions(max_new_tokens=16, num_seeds=1, num_samples=0, has_controls
 GREEDY_ONLY = replace(QUICK, num_seeds=0)
 
 
-def run(model: LlamaForCausalLM, options: CheckOptions = QUICK, **more: object) -> CheckReport:
+def run(model: PreTrainedModel, options: CheckOptions = QUICK, **more: object) -> CheckReport:
     torch.set_num_threads(1)
     return check_model(model, byte_tokenizer(), texts=TEXTS, options=options, **more)  # type: ignore[arg-type]
 
@@ -111,6 +112,19 @@ def test_a_near_tie_that_also_differs_in_float32_is_a_bug():
     differences = [d for c in report.comparisons for d in c.differences]
     assert any(d.wide_agrees is False and d.verdict == "bug" and "in float32 too" in d.reason for d in differences)
     assert report.num_bugs > 0
+
+
+def test_a_hybrid_model_is_checked_on_the_chain_path():
+    report = run(hybrid_model())
+    assert report.path == "chain"
+    assert report.is_lossless
+    assert any("chain path" in note for note in report.notes)
+    assert all((c.acceptance_length or 0) > 1.2 for c in report.comparisons if c.decoder == "random-tree")
+
+
+def test_what_cannot_be_served_cannot_be_checked():
+    with pytest.raises(UnsupportedError, match="BertModel cannot be checked"):
+        run(headless_model())
 
 
 def test_the_report_is_json_without_infinities():

@@ -6,44 +6,18 @@ import json
 
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertModel,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
-)
 
 from specdec.doctor import examine
 from specdec.doctor.memory import estimate_memory, state_nbytes, summarise_attention
 from specdec.errors import ConfigError
 from specdec.probe import probe
+from tests.tiny_kinds import headless_model, hybrid_model, sliding_model
 from tests.tiny_models import byte_tokenizer, tiny_llama
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
-
-
-def sliding_model() -> Gemma3ForCausalLM:
-    config = Gemma3TextConfig(
-        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, sliding_window=8, sliding_window_pattern=2,
-        eos_token_id=256, pad_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    return Gemma3ForCausalLM(config).eval()
-
-
-def hybrid_model() -> Qwen3NextForCausalLM:
-    config = Qwen3NextConfig(
-        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, linear_conv_kernel_dim=4, linear_key_head_dim=8, linear_value_head_dim=8,
-        linear_num_key_heads=2, linear_num_value_heads=4, moe_intermediate_size=16, shared_expert_intermediate_size=16,
-        num_experts_per_tok=2, num_experts=4, max_position_embeddings=512, eos_token_id=256,
-    )  # fmt: skip
-    return Qwen3NextForCausalLM(config).eval()
 
 
 def test_a_llama_takes_the_tree_path_and_its_memory_adds_up():
@@ -75,12 +49,13 @@ def test_layers_with_windows_are_told_apart_and_cost_their_window_only():
 
 
 def test_a_hybrid_model_takes_the_chain_path_and_says_why():
-    report = examine(hybrid_model(), byte_tokenizer(), context=32, seconds=0)
+    report = examine(hybrid_model(), byte_tokenizer(), context=32, seconds=0.1)
     assert report.path == "chain"
     assert any(reason.startswith("tree: ") for reason in report.reasons)
     assert report.memory is not None
     assert report.memory.state_nbytes > 0
-    assert report.costs is None
+    assert report.costs is not None
+    assert report.costs.break_even[-1].budget == 31
 
 
 def test_a_state_is_what_does_not_grow():
@@ -91,10 +66,7 @@ def test_a_state_is_what_does_not_grow():
 
 
 def test_a_model_that_cannot_be_served_is_refused_with_the_reason():
-    config = BertConfig(
-        vocab_size=257, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
-    )  # fmt: skip
-    report = examine(BertModel(config).eval(), None, seconds=0)
+    report = examine(headless_model(), None, seconds=0)
     assert report.path == "refused"
     assert report.reasons
     assert not report.can_draft

@@ -44,6 +44,7 @@ PARENTS = np.array([-1, 0, 0, 1, 2, 2, 4, 5, 5], dtype=np.int32)
 SHIFTS = np.array([0, 1, 0, 2, 3, 0, 4, 5, 0], dtype=np.int32)  # 0: the token that the model repeats
 BATCH_SIZES = (1, 2, 4, 8, 16)
 CONTEXT_LENGTHS = (128, 512, 2048, 8192)
+GRID_LENGTH = 512  # the context length at which all batch sizes are measured
 BARS_MS = {1: 0.5, 16: 2.0}
 
 
@@ -182,8 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=200, help="measured steps of each cell")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    grid = [(size, 512) for size in BATCH_SIZES]
-    grid += [(size, length) for length in CONTEXT_LENGTHS for size in (1, 16) if length != 512]
+    grid = [(size, GRID_LENGTH) for size in BATCH_SIZES]
+    ends = (BATCH_SIZES[0], BATCH_SIZES[-1])
+    grid += [(size, length) for length in CONTEXT_LENGTHS for size in ends if length != GRID_LENGTH]
     model = copying_model(max(CONTEXT_LENGTHS) + 8 * options.steps)
     rows = []
     print("batch context overhead ms     p10     p90 wall ms model ms attention")

@@ -102,6 +102,9 @@ class TreeTarget:
         # sequences in the position ids, which costs a synchronisation.
         self._dummy_mask = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=self.device)
         self._configs = _attention_configs(model)
+        # Compiled here, so that no request waits for it.
+        empty = np.empty(0, dtype=np.int64)
+        _expand(empty.reshape(0, 3), empty.astype(np.int32), empty, empty.astype(np.bool_), empty)
 
     def fits(self, num_tokens: int) -> bool:
         return num_tokens <= self.pool.num_tokens

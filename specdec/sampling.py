@@ -101,7 +101,8 @@ class Sampler:
         """The logits of every node after all processors of its request; the law at a node is their softmax.
 
         Returns:
-            [T, V] float32, always a copy.
+            [T, V] float32, always a copy. If a processor runs per node, the rows of nodes below an impossible token
+            (score -inf at their ancestor) are not defined: no verifier may come there.
         """
         return self._processed(NodeBatch(states, trees, self.device), output)
 

@@ -72,3 +72,14 @@ def start(states: Sequence[RequestState], vocab_size: int = VOCAB_SIZE) -> Sampl
     for state in states:
         sampler.start(state)
     return sampler
+
+
+def reachable(trees: Sequence[DraftTree], scores: Tensor) -> Tensor:
+    """[T] bool: the nodes that no ancestor's scores make impossible."""
+    possible: list[bool] = []
+    for tree in trees:
+        first = len(possible)
+        for node, parent in enumerate(tree.parents):
+            above = first + int(parent)
+            possible.append(node == 0 or (possible[above] and bool(scores[above, tree.token_ids[node]] > -torch.inf)))
+    return torch.tensor(possible)

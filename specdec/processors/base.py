@@ -27,6 +27,7 @@ class Op:
 
     __slots__ = ("expires_at",)
     rank: ClassVar[int]
+    can_revive: ClassVar[bool] = False  # may it make a token possible whose score is -inf?
     expires_at: int | None
 
     def __init__(self) -> None:
@@ -87,20 +88,34 @@ def divide_(scores: Tensor, divisor: Tensor) -> Tensor:
 
 
 class PerNode(Op):
-    """Any processor that is a pure function of (prefix, scores), called once per node with the node's true prefix."""
+    """Any processor that is a pure function of (prefix, scores), called once per node with the node's true prefix.
 
-    __slots__ = ("_processor",)
+    Nodes below a token that an ancestor's scores make impossible are passed over, unless a later processor might make
+    it possible again: plain decoding never shows a processor such a prefix, and one that enforces a grammar may
+    rightly fail on it.
+    """
+
+    __slots__ = ("_processor", "passes_over_impossible")
     rank = 50
+    can_revive = True
 
     def __init__(self, processor: LogitsProcessor) -> None:
         super().__init__()
         self._processor = processor
+        self.passes_over_impossible = False
 
     @classmethod
     def apply(cls, ops: Sequence[PerNode], requests: Sequence[int], nodes: NodeBatch, scores: Tensor) -> None:
         for op, request in zip(ops, requests, strict=True):
             span = nodes.span(request)
+            impossible: set[int] = set()
             for row in range(span.start, span.stop):
+                above = int(nodes.parent_rows[row])
+                if op.passes_over_impossible and above >= 0:
+                    token = int(nodes.token_ids[row])
+                    if above in impossible or float(scores[above, token]) == -float("inf"):
+                        impossible.add(row)
+                        continue
                 scores[row] = op._call(nodes.prefix_ids(row), scores[row : row + 1].clone())
 
     def _call(self, prefix_ids: Tensor, scores: Tensor) -> Tensor:

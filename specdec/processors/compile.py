@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from specdec.errors import RequestError
-from specdec.processors.base import Op
+from specdec.processors.base import Op, PerNode
 from specdec.processors.counts import OutputPenalty, RepetitionPenalty
 from specdec.processors.objects import (
     Context,
@@ -56,6 +56,9 @@ def compile_processors(state: RequestState, vocab_size: int, device: torch.devic
     ops += [from_object(request, item) for index, (_, item) in enumerate(users) if index not in placed]
     if not state.request.sampling.is_greedy:
         ops += _warpers(state.request.sampling)
+    for index, op in enumerate(ops):
+        if isinstance(op, PerNode):
+            op.passes_over_impossible = not any(later.can_revive for later in ops[index + 1 :])
     return ops
 
 

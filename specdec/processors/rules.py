@@ -100,6 +100,7 @@ class Force(Op):
 
     __slots__ = ("_at", "_ids")
     rank = 35
+    can_revive = True
 
     def __init__(self, token_ids: Sequence[int], at: int, device: torch.device) -> None:
         super().__init__()

@@ -172,6 +172,7 @@ class RemoveInvalid(_Warper):
 
     __slots__ = ()
     rank = 40
+    can_revive = True
 
     @staticmethod
     def _warp(block: Tensor, values: Tensor) -> None:

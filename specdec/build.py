@@ -12,8 +12,11 @@ import torch
 from specdec.chain_target import ChainTarget
 from specdec.config import EngineConfig
 from specdec.controller import BackoffController, FixedController
+from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
+from specdec.drafters.recycling import RecyclingDrafter
+from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine
 from specdec.errors import ConfigError, UnsupportedError
 from specdec.plain_target import PlainTarget
@@ -32,7 +35,13 @@ logger = logging.getLogger(__name__)
 __all__ = ["DRAFTERS", "build_drafter", "build_engine", "build_target", "model_max_length"]
 
 # Name on the command line and in ``speculate`` -> class; options are the class's keyword arguments.
-DRAFTERS: Mapping[str, Callable[..., Drafter]] = {"none": NoDrafter, "ngram": NgramDrafter}
+DRAFTERS: Mapping[str, Callable[..., Drafter]] = {
+    "none": NoDrafter,
+    "ngram": NgramDrafter,
+    "suffix": SuffixDrafter,
+    "lookahead": LookaheadDrafter,
+    "recycling": RecyclingDrafter,
+}
 
 _DEFAULT_MAX_LENGTH = 32_768  # for models that state no limit, such as recurrent ones
 _MAX_CHAIN = 64  # a chain of retrieved tokens is seldom right for longer

@@ -365,6 +365,17 @@ class SuffixCache:
                     row[at.R_INDEX] = live.index.address
                     row[[at.R_SEQUENCE, at.R_POSITION, at.R_PIN_CACHED, at.R_DRAFTED]] = 0
 
+    def warmup(self) -> None:
+        """Compile every kernel, so that no request waits for it. Later runs of the program find them on disk."""
+        other = SuffixCache(max_bytes=1 << 16, prior=self._prior)
+        text = np.array([1, 2, 3, 1, 2], np.int32)
+        other.start("r", text)
+        for as_tree in (False, True):
+            other.speculate(["r"], [4], threshold=0.0, as_tree=as_tree)
+            other.step(["r"], [text], [4], threshold=0.0, as_tree=as_tree)
+        other.extend(["r"], [text])
+        other.forget("r")
+
     @property
     def nbytes(self) -> int:
         """Bytes in use: all indexes and the buffers of live requests."""

@@ -140,13 +140,13 @@ def test_hostile_text_of_a_million_tokens_is_linear_and_bounded(make):
     text = make(1_000_000)
     for n in (250_000, 1_000_000):
         cache = SuffixCache(max_bytes=4 << 20)
-        start = time.perf_counter()
+        start = time.process_time()
         cache.start("prompt", text[:n])
         cache.insert("response", text[:n])
         cache.extend(["prompt"], [text[:100]])
         for _ in range(50):
             cache.step(["prompt"], [text[:2]], [64], threshold=0.0, as_tree=True)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
         index = cache.index("")
         assert index.nbytes <= (4 << 20) + (1 << 15)
     assert times[1] < 16 * times[0] + 1  # linear is 4; the machine may be busy

@@ -158,13 +158,25 @@ class ChainTarget:
         row.is_fed = tree is not None or self.max_draft_tokens > 0
         if not row.is_fed:
             return None
+        if self.max_draft_tokens == 0:
+            return self._feed_like_generate(row, chunk.state.num_prompt_tokens)
         can_drop = tree is not None and tree.num_draft_tokens > 0
         row.before = _take_down(row.cache) if can_drop and not self._crops else None
         out = self._feed(row, row.step_ids, num_wanted=1 if tree is None else len(tree))
         return None if tree is None else out
 
-    def _feed(self, row: _Row, token_ids: IntArray, num_wanted: int) -> Rows:
-        return self._row(token_ids, first_row=len(token_ids) - num_wanted, position=row.position, cache=row.cache)
+    def _feed(self, row: _Row, token_ids: IntArray, *, num_wanted: int, skip: int = 0) -> Rows:
+        """Feed tokens that follow ``skip`` already fed ones of this step."""
+        first_row = len(token_ids) - num_wanted
+        return self._row(token_ids, first_row=first_row, position=row.position + skip, cache=row.cache)
+
+    def _feed_like_generate(self, row: _Row, num_prompt_tokens: int) -> Rows:
+        """The prompt at once, then token by token: also when a preempted request is computed again."""
+        done = max(1, num_prompt_tokens - row.position)
+        out = self._feed(row, row.step_ids[:done], num_wanted=1)
+        for skip in range(done, len(row.step_ids)):
+            out = self._feed(row, row.step_ids[skip : skip + 1], num_wanted=1, skip=skip)
+        return out
 
     def _new_cache(self) -> Any:
         cache = DynamicCache(config=self._config.get_text_config(decoder=True))

@@ -12,12 +12,11 @@ the path that a model takes is decided in ``specdec.routes``.
 from __future__ import annotations
 
 import inspect
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,24 +24,19 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from specdec.errors import UnsupportedError
+from specdec.mask_laws import MaskKind, MaskPredicate, classify
 
 __all__ = ["CallSpec", "MaskKind", "attention_implementation", "forward_inputs", "input_device", "probe"]
 
-logger = logging.getLogger(__name__)
-
-MaskKind: TypeAlias = Literal["full", "sliding", "chunked", "other"]
-# (batch, head, query, key) index tensors that broadcast against each other -> bool, True where the key is visible.
-MaskPredicate: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
 _NAME = "specdec_probe"
 _NUM_TOKENS = 4
-_NUM_NEAR = 64  # positions 0..63 are compared densely, far positions by single rows
 # Keyword arguments that are passed along to attention functions without changing what SDPA computes.
 _HARMLESS_KWARGS = frozenset(
     {
         "cache_position",
         "cu_seq_lens_k",
         "cu_seq_lens_q",
+        "logits_to_keep",
         "max_length_k",
         "max_length_q",
         "num_items_in_batch",
@@ -176,61 +170,12 @@ def _probe_mask(
         use_vmap=use_vmap,
         device=device,
     )
-    recorder.masks.append((mask, mask.clone(), _classify(mask_function, recorder.limit, torch.device(device))))
+    recorder.masks.append((mask, mask.clone(), classify(mask_function, recorder.limit, torch.device(device))))
     return mask
 
 
 AttentionInterface.register(_NAME, _probe_attention)
 AttentionMaskInterface.register(_NAME, _probe_mask)
-
-
-def _rows(predicate: MaskPredicate, queries: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """[Q, num_keys] bool: which keys each query sees."""
-    zero = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=queries.device)
-    keys = torch.arange(num_keys, device=queries.device)
-    seen = torch.as_tensor(predicate(zero, zero, queries[None, None, :, None], keys[None, None, None, :]))
-    return seen.to(queries.device, torch.bool).expand(1, 1, len(queries), num_keys)[0, 0]
-
-
-def _law(kind: MaskKind, window: int | None, queries: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """[Q, num_keys] bool: what a query sees under the laws "full", "sliding" and "chunked"."""
-    keys = torch.arange(num_keys, device=queries.device)[None]
-    queries = queries[:, None]
-    seen = keys <= queries
-    if window is None:
-        return seen
-    if kind == "sliding":
-        return seen & (keys > queries - window)
-    return seen & (keys // window == queries // window)
-
-
-def _classify(predicate: MaskPredicate, limit: int, device: torch.device) -> tuple[MaskKind, int | None]:
-    """The law that the predicate follows at positions below ``limit``, found on a few rows and checked on all of them.
-
-    The first key that the last query sees gives W (sliding) or the start of its chunk; the query before that start
-    then gives the start of the previous chunk, and the difference is C.
-    """
-    last = limit - 1
-    far = torch.tensor(sorted({last, max(last - 1, 0), last // 2, last // 3}), device=device)
-    near = torch.arange(min(_NUM_NEAR, limit), device=device)
-    try:
-        far_seen = _rows(predicate, far, limit + 1)
-        near_seen = _rows(predicate, near, len(near) + 1)
-        first = int(far_seen[-1].int().argmax())
-        candidates: list[tuple[MaskKind, int | None]] = [("full", None), ("sliding", limit - first)]
-        if first > 0:
-            before = _rows(predicate, torch.tensor([first - 1], device=device), first)[0]
-            candidates.append(("chunked", first - int(before.int().argmax())))
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        # Predicates that look tables up by index, or branch on a value, only work for the tokens they were made for.
-        logger.debug("the mask predicate cannot be evaluated away from its own tokens: %s", error)
-        return "other", None
-    for kind, window in candidates:
-        if torch.equal(_law(kind, window, far, limit + 1), far_seen) and torch.equal(
-            _law(kind, window, near, len(near) + 1), near_seen
-        ):
-            return kind, window
-    return "other", None
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -189,13 +189,29 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"head_dim": 16},
     "reformer": {"axial_pos_shape": [16, 32], "axial_pos_embds_dim": [16, 16], "num_buckets": 4},
     "roc_bert": {"shape_embed_dim": 8, "pronunciation_embed_dim": 8},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16},
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 4},
     "zaya": {"num_experts_per_tok": 1},
 }
 # Entries of the mapping that generic rules cannot build, each with the reason.
-NOT_BUILT: dict[str, str] = {}
+NOT_BUILT: dict[str, str] = {
+    "blt": "reads bytes; sizes of its hash embeddings, patcher and cross-attention are tied together",
+    "gemma3n": "its vision tower needs a package for images; its language model is gemma3n_text",
+    "gemma4_assistant": "drafts for a Gemma 4, does not stand alone",
+    "gemma4_unified_assistant": "drafts for a Gemma 4, does not stand alone",
+    "musicgen": "writes several codebooks of sound at once, not text",
+    "musicgen_melody": "writes several codebooks of sound at once, not text",
+    "phi4_multimodal": "its audio and vision towers have fixed sizes",
+    "xlstm": "its own generate fails at these sizes",
+}
 
 
 def _num_layers(defaults: dict[str, Any]) -> int:
@@ -216,10 +232,29 @@ def _tiny_fields(defaults: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def _fields(config_class: Any) -> dict[str, Any]:
+    default = config_class()
+    fields = _tiny_fields(default.to_dict())
+    special = SPECIAL.get(config_class.model_type, {})
+    for key in config_class.sub_configs:
+        if getattr(default, key, None) is not None and key not in special:
+            fields[key] = _fields(type(getattr(default, key)))
+    return {**fields, **special}
+
+
+def model_class(name: str) -> Any:
+    """The class that ``AutoModelForCausalLM`` makes for this type."""
+    class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
+    return getattr(transformers, class_name if isinstance(class_name, str) else class_name[0])
+
+
 def tiny_config(name: str) -> Any:
-    """The config of the tiny model of this type."""
+    """The config of the tiny model of this type, its sub-configs tiny too."""
     config_class = CONFIG_MAPPING[name]
-    return config_class(**{**_tiny_fields(config_class().to_dict()), **SPECIAL.get(name, {})})
+    wanted = model_class(name).config_class
+    if wanted is not None and not issubclass(config_class, wanted):
+        config_class = wanted  # a multimodal type whose language model has a class of its own
+    return config_class(**{**_fields(config_class), **SPECIAL.get(name, {})})
 
 
 def _perturb(model: torch.nn.Module, seed: int) -> None:
@@ -239,12 +274,10 @@ def _perturb(model: torch.nn.Module, seed: int) -> None:
 
 def build(name: str) -> Any:
     """The tiny model of this type, in float32 and evaluation mode, without an end-of-sequence stop."""
-    class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
-    model_class = getattr(transformers, class_name if isinstance(class_name, str) else class_name[0])
     seed = zlib.crc32(name.encode())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(tiny_config(name)).float().eval()
+        model = model_class(name)(tiny_config(name)).float().eval()
     _perturb(model, seed)
     model.generation_config = transformers.GenerationConfig(pad_token_id=0)
     return model
@@ -253,3 +286,46 @@ def build(name: str) -> Any:
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
     name: partial(build, name) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in NOT_BUILT
 }
+
+# The path that each architecture takes, in transformers' own order.
+_BY_ROUTE = {
+    "tree": """
+        afmoe apertus arcee aria_text axk1 beam bert bert-generation biogpt bitnet camembert cohere cohere2
+        cohere2_moe cohere_compass_text ctrl cwm data2vec-text dbrx deepseek_v2 deepseek_v3 diffllama dots1 electra
+        emu3 ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo flint fuyu gemma gemma2 gemma3 gemma3_text
+        gemma3n_text gemma4 gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite got_ocr2 gpt-sw3 gpt2
+        gpt_bigcode gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoeshared helium hrm_text
+        hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 laguna llama
+        llama4 llama4_text longcat_flash mellum mimo_v2_flash minicpm3 minimax_m2 minimax_m3_vl_text ministral
+        ministral3 mistral mixtral mllama modernbert-decoder moss_transcribe_diarize nanochat nemotron olmo olmo2
+        olmo3 olmoe opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe roberta roberta-prelayernorm
+        roc_bert seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma whisper xlm-roberta xlm-roberta-xl xmod
+        youtu
+    """,
+    "chain": """
+        axk2 bailing_hybrid bamba bart big_bird bigbird_pegasus blenderbot blenderbot-small bloom codegen
+        deepseek_v32 deepseek_v4 doge dots3_note dots3_note_text falcon falcon_h1 gemma4_unified git glm_moe_dsa
+        gpt_neo gpt_neox_japanese gptj granitemoehybrid hy_v4 inkling2_text inkling_text kimi_linear lfm2 lfm2_moe
+        lfm3 mamba2 marian mbart megatron-bert mpt mvp olmo_hybrid pegasus plbart qwen3_5 qwen3_5_moe
+        qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp qwen4_exp_text rembert roformer trocr xglm zaya
+    """,
+    "chain without drafts": """
+        falcon_mamba jamba mamba moshi nemotron_h prophetnet zamba zamba2
+    """,
+    "plain": """
+        minimax openai-gpt recurrent_gemma reformer rwkv
+    """,
+    "refused": """
+        cpmant xlm xlnet
+    """,
+}
+EXPECTED_ROUTES = {name: route for route, names in _BY_ROUTE.items() for name in names.split()}
+# Every family once: what `make test` serves; the others are for `make test-slow`.
+_FAST = """
+    llama qwen2 qwen3 mistral ministral mixtral gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4_text gpt2
+    gpt_neox gpt_oss gpt_bigcode opt phi phi3 phimoe olmo olmo2 olmo3 olmoe granite granite_swa granitemoe cohere
+    cohere2 starcoder2 stablelm llama4_text deepseek_v2 deepseek_v3 minicpm3 qwen2_moe qwen3_moe glm glm4 glm4_moe
+    smollm3 exaone4 ernie4_5 nemotron helium seed_oss biogpt persimmon apertus arcee dbrx dots1 hunyuan_v1_dense
+    modernbert-decoder hrm_text qwen3_next lfm2 bloom nemotron_h mamba rwkv
+"""
+FAST = frozenset(_FAST.split())

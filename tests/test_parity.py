@@ -34,7 +34,7 @@ def one_thread():
 
 
 def oracle(outputs, target):
-    """Drafts the true text for three tokens and then a wrong one; in trees, wrong siblings come first on every level."""
+    """Drafts the true text for three tokens, then a wrong one; in trees, wrong siblings come first on each level."""
     told = {str(index): ids for index, ids in enumerate(outputs)}
     return OracleDrafter(told, VOCAB_SIZE, num_wrong_siblings=2 if target.supports_trees else 0, wrong_from=4)
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Final
 
 from specdec.build import DRAFTERS, build_engine, model_max_length
 from specdec.check.controls import MAX_SAMPLES, NUM_REQUESTS, run_controls
-from specdec.check.difference import Judge, tie_rule
+from specdec.check.difference import Judge
 from specdec.check.lab import GENERATE, HOSTILE, PLAIN, EngineFactory, Lab, Plan
 from specdec.check.laws import compare_laws
 from specdec.check.prompts import BUILTIN_PROMPTS, Prompt, encode
 from specdec.check.report import CheckReport, Comparison, Control, TwoSample
+from specdec.check.rounding import tie_rule
 from specdec.check.settings import GREEDY, LAWS, SAMPLED
 from specdec.errors import ConfigError, UnsupportedError
 from specdec.rope import freeze_rope

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specdec.check.difference import ULPS, can_take, resolution, tie_rule, upcast
+from specdec.check.rounding import ULPS, can_take, measured_rounding, resolution, tie_rule, upcast
 from specdec.check.settings import GREEDY, Setting
 from specdec.errors import UnsupportedError
 from tests.tiny_models import tiny_llama
@@ -79,3 +79,15 @@ def test_the_rule_is_stated_with_its_numbers():
     assert "4 x 0.00781" in rule
     assert "float32" in rule
     assert "anything else is a bug" in rule
+
+
+def test_measured_rounding_is_twice_what_the_precision_costs_this_model():
+    model = tiny_llama().to(torch.bfloat16)
+    prefix = torch.arange(20)
+    wide = upcast(model)
+    measured = measured_rounding(model, wide, prefix)
+    with torch.no_grad():
+        error = (model(input_ids=prefix[None]).logits.float() - wide(input_ids=prefix[None]).logits).abs().max()
+    assert measured == pytest.approx(2 * float(error))
+    assert 0 < measured < 0.1
+    assert measured_rounding(model, model, prefix) == 0

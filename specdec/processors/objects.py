@@ -84,9 +84,15 @@ def class_name(processor: Any) -> str:
 
 
 def from_object(request: Context, processor: LogitsProcessor) -> Op:
-    """The vectorised processor that does what ``processor`` does, or ``processor`` itself per node."""
+    """The vectorised processor that does what ``processor`` does, or ``processor`` itself per node.
+
+    A processor of the user's own may bring its vectorised form along, as a method ``tree_op(context) -> Op``.
+    """
     if not callable(processor):
         raise RequestError(f"logits_processors must be callables (input_ids, scores) -> scores, got {processor!r}")
+    if callable(tree_op := getattr(processor, "tree_op", None)):
+        own: Op = tree_op(request)
+        return own
     for base in type(processor).__mro__:
         if base.__module__ == _HF_MODULE and base.__name__ not in _PURE and base.__name__ not in _COMPILERS:
             raise UnsupportedError(

@@ -1,0 +1,250 @@
+"""The arms of a benchmark: each does the same call in its own way and says what it cost.
+
+Ours go through the engine, the peers through ``model.generate`` of the same model object. An arm never sees the
+recorded answer other than through the processor that all arms share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+
+from specdec.bench.forcing import ForcedResponse
+from specdec.build import build_drafter, build_engine
+from specdec.controller import BackoffController, FixedController
+from specdec.errors import UnsupportedError
+from specdec.types import IntArray, Request, RequestState, SamplingParams, StepEvent, StepTrace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from specdec.protocols import Drafter
+
+__all__ = ["Arm", "EngineArm", "GenerateArm", "Job", "JobResult", "warm_up"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """One call to be answered: prompt [P] int32; the answer to force [G] int32, or None to let the model speak."""
+
+    prompt_ids: IntArray
+    max_new_tokens: int
+    forced_ids: IntArray | None = None
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class JobResult:
+    """What one arm did with one job.
+
+    Args:
+        output_ids: what it answered.
+        seconds: from the call to the last token.
+        stamps: seconds at which each step's tokens were there.
+        emitted: tokens of each step.
+        accepted: accepted draft tokens of each step.
+        drafted: draft tokens of each step; empty where the arm does not show them.
+        depths: draft length of each step; likewise.
+        parts_ms: milliseconds by name (draft, target, verify, commit, host); likewise.
+    """
+
+    output_ids: list[int]
+    seconds: float
+    stamps: list[float]
+    emitted: list[int]
+    accepted: list[int]
+    drafted: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    parts_ms: dict[str, float] = field(default_factory=dict)
+
+
+class Arm(Protocol):
+    """One way of answering calls."""
+
+    name: str
+    kind: str  # whose code it is: specdec, transformers, arctic
+
+    def reset(self) -> None:
+        """Forget everything learned from earlier calls."""
+
+    def warm(self, jobs: Sequence[Job]) -> None:
+        """Learn from answered calls before the clock runs; arms that learn nothing pass."""
+
+    def run(self, job: Job) -> JobResult:
+        """Answer one call."""
+
+
+class _StepRecorder:
+    """Keeps what each step of the running job did (`specdec.protocols.Observer`); cheap, for it runs on the clock."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, StepTrace, Any]] = []
+
+    def observe(self, events: Sequence[StepEvent]) -> None:
+        now = perf_counter()
+        self.steps.extend((now, event.trace, event.tree) for event in events)
+
+
+class EngineArm:
+    """Our engine with one drafter.
+
+    Args:
+        name: of the arm.
+        model: the target.
+        drafter: a name for ``build_drafter`` or a function that makes a fresh drafter.
+        budget: most draft tokens per step; None: follows what is accepted.
+        drafter_options: of a named drafter.
+        kind: whose drafter it is.
+        **options: of the engine.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        drafter: str | Any,
+        *,
+        budget: int | None = None,
+        drafter_options: Mapping[str, Any] | None = None,
+        kind: str = "specdec",
+        **options: Any,
+    ) -> None:
+        self.name, self.kind = name, kind
+        self._drafter, self._drafter_options, self._budget = drafter, dict(drafter_options or {}), budget
+        self._recorder = _StepRecorder()
+        self._engine = build_engine(
+            model, self._fresh_drafter(), budget=budget, max_batch_size=1, observers=[self._recorder], **options
+        )
+        self._count = 0
+
+    def _fresh_drafter(self) -> Drafter:
+        if not isinstance(self._drafter, str):
+            made: Drafter = self._drafter()
+            return made
+        return build_drafter(self._drafter, **self._drafter_options)
+
+    def reset(self) -> None:
+        self._engine.drafter = self._fresh_drafter()
+        warmup = getattr(self._engine.drafter, "warmup", None)
+        if warmup is not None:
+            warmup()
+        self._engine.controller = BackoffController() if self._budget is None else FixedController(self._budget)
+
+    def warm(self, jobs: Sequence[Job]) -> None:
+        warm_up(self._engine.drafter, jobs)
+
+    def run(self, job: Job) -> JobResult:
+        self._count += 1
+        self._recorder.steps.clear()
+        processors = () if job.forced_ids is None else (ForcedResponse([job.forced_ids], len(job.prompt_ids)),)
+        sampling = SamplingParams(
+            max_new_tokens=job.max_new_tokens, logits_processors=processors, stop_token_ids=job.stop_ids
+        )
+        output_ids: list[int] = []
+        start = perf_counter()
+        for output in self._engine.generate([Request(f"job-{self._count}", job.prompt_ids, sampling)]):
+            output_ids.extend(output.new_ids)
+        seconds = perf_counter() - start
+        return self._result(output_ids, start, seconds)
+
+    def _result(self, output_ids: list[int], start: float, seconds: float) -> JobResult:
+        traces = [trace for _, trace, _ in self._recorder.steps]
+        parts = {
+            name: sum(getattr(trace, f"{name}_ms") for trace in traces)
+            for name in ("draft", "target", "verify", "commit")
+        }
+        # The rest of the wall clock: scheduling, streaming, and prompt chunks, whose steps decode nothing.
+        parts["host"] = 1e3 * seconds - sum(parts.values())
+        return JobResult(
+            output_ids,
+            seconds,
+            stamps=[now - start for now, _, _ in self._recorder.steps],
+            emitted=[trace.num_emitted for trace in traces],
+            accepted=[min(trace.num_accepted, trace.num_emitted) for trace in traces],
+            drafted=[trace.num_draft_tokens for trace in traces],
+            depths=[int(tree.depths().max()) for _, _, tree in self._recorder.steps],
+            parts_ms=parts,
+        )
+
+
+def warm_up(drafter: Drafter, jobs: Sequence[Job]) -> None:
+    """Show a drafter answered calls as if it had served them, without a model."""
+    for number, job in enumerate(jobs):
+        if job.forced_ids is None:
+            continue
+        state = RequestState(Request(f"warm-{number}", job.prompt_ids))
+        drafter.start([state])
+        state.append(job.forced_ids)
+        drafter.propose([state], [0])
+        drafter.stop([state.request_id])
+
+
+class _Stamps:
+    """A streamer that notes when tokens come (transformers' ``put``/``end``)."""
+
+    def __init__(self) -> None:
+        self.puts: list[tuple[float, int]] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.puts.append((perf_counter(), value.numel()))
+
+    def end(self) -> None:
+        """Nothing is buffered."""
+
+
+class GenerateArm:
+    """``model.generate`` as its users call it.
+
+    Args:
+        name: of the arm.
+        model: the target; the same object as the other arms'.
+        assistant: a small model for assisted generation.
+        **config: fields of ``GenerationConfig``, such as ``prompt_lookup_num_tokens``.
+    """
+
+    kind = "transformers"
+
+    def __init__(self, name: str, model: PreTrainedModel, *, assistant: Any = None, **config: Any) -> None:
+        self.name = name
+        self._model, self._assistant, self._config = model, assistant, config
+        self._is_speculating = assistant is not None or bool(config)
+
+    def reset(self) -> None:
+        """It keeps nothing from call to call."""
+
+    def warm(self, jobs: Sequence[Job]) -> None:
+        """It learns nothing."""
+
+    def run(self, job: Job) -> JobResult:
+        if self._assistant is not None and job.forced_ids is not None:
+            raise UnsupportedError(
+                "transformers runs the target's processors on the assistant as well, so a forced assistant would "
+                "guess everything right: assisted generation can be measured live only"
+            )
+        config = GenerationConfig(
+            do_sample=False, max_new_tokens=job.max_new_tokens, use_cache=True,
+            eos_token_id=list(job.stop_ids) or None, pad_token_id=0, **self._config,
+        )  # fmt: skip
+        processors = LogitsProcessorList()
+        if job.forced_ids is not None:
+            processors.append(ForcedResponse([job.forced_ids], len(job.prompt_ids)))
+        ids = torch.from_numpy(job.prompt_ids.astype(np.int64))[None].to(self._model.device)
+        extra = {} if self._assistant is None else {"assistant_model": self._assistant}
+        stamps = _Stamps()
+        start = perf_counter()
+        output = self._model.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=config, logits_processor=processors,
+            streamer=stamps, **extra,
+        )  # fmt: skip
+        output_ids = output[0, ids.shape[1] :].tolist()
+        seconds = perf_counter() - start
+        puts = stamps.puts[1:]  # the first one is the prompt
+        emitted = [count for _, count in puts]
+        accepted = [count - 1 for count in emitted] if self._is_speculating else [0] * len(emitted)
+        return JobResult(output_ids, seconds, [now - start for now, _ in puts], emitted, accepted)

@@ -24,6 +24,7 @@ from specdec.types import IntArray, Request, RequestState, SamplingParams, StepE
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from specdec.engine import Engine
     from specdec.protocols import Drafter
 
 __all__ = ["Arm", "EngineArm", "GenerateArm", "Job", "JobResult", "warm_up"]
@@ -116,7 +117,8 @@ class EngineArm:
         **options: Any,
     ) -> None:
         self.name, self.kind = name, kind
-        self._drafter, self._drafter_options, self._budget = drafter, dict(drafter_options or {}), budget
+        self.budget = budget
+        self._drafter, self._drafter_options = drafter, dict(drafter_options or {})
         self._recorder = _StepRecorder()
         self._engine = build_engine(
             model, self._fresh_drafter(), budget=budget, max_batch_size=1, observers=[self._recorder], **options
@@ -134,7 +136,7 @@ class EngineArm:
         warmup = getattr(self._engine.drafter, "warmup", None)
         if warmup is not None:
             warmup()
-        self._engine.controller = BackoffController() if self._budget is None else FixedController(self._budget)
+        self._engine.controller = BackoffController() if self.budget is None else FixedController(self.budget)
 
     def warm(self, jobs: Sequence[Job]) -> None:
         warm_up(self._engine.drafter, jobs)
@@ -152,6 +154,11 @@ class EngineArm:
             output_ids.extend(output.new_ids)
         seconds = perf_counter() - start
         return self._result(output_ids, start, seconds)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, for measurements of its parts."""
+        return self._engine
 
     def _result(self, output_ids: list[int], start: float, seconds: float) -> JobResult:
         traces = [trace for _, trace, _ in self._recorder.steps]

@@ -1,0 +1,257 @@
+"""One benchmark from options to a result: replay and live, for the command line and for scripts."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from specdec.bench.arms import Arm, EngineArm
+from specdec.bench.cost_curve import cost_curve
+from specdec.bench.loaders import Skips
+from specdec.bench.measure import environment
+from specdec.bench.metrics import guard, summarize
+from specdec.bench.peers import build_arms
+from specdec.bench.replay import Plan, Run, run_rounds
+from specdec.bench.results_schema import ArmInfo, BenchResult, Row, Warmth, read_result, write_result
+from specdec.bench.targets import Target
+from specdec.bench.traces import Encode
+from specdec.bench.workload import Limits, Workload, built_in_calls
+from specdec.build import model_max_length
+from specdec.errors import ConfigError
+
+__all__ = ["BenchOptions", "make_workload", "run_bench"]
+
+_REFERENCES = ("plain", "generate", "prompt-lookup")  # what speed-ups are given against, as far as they ran
+_DRAFT_ROOM = 512  # KV slots beyond prompt and answer, for the nodes of one step
+_BUILT_IN_CALLS = 24
+_SAVE_EVERY_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """What is run; goes into the result file as it is.
+
+    Args:
+        mode: replay or live.
+        arms: names for ``build_arms``; the first reference among them is the baseline.
+        rounds: timed rounds.
+        budget: most draft tokens per step; None: follows what is accepted.
+        warmth: of the stores at the start of a round.
+        max_new_tokens: of a live answer.
+        calls: of each source; 0 = all.
+        max_prompt: tokens; 0 = all.
+        max_response: tokens; 0 = all.
+        seed: of the bootstrap, the built-in workload and random weights.
+        slo_ms: (to the first token, per further token) for goodput.
+        strict: the first faulty record is an error.
+    """
+
+    mode: str = "replay"
+    arms: tuple[str, ...] = ("plain", "ngram", "generate", "prompt-lookup")
+    rounds: int = 3
+    budget: int | None = None
+    warmth: Warmth = "self-warmed"
+    max_new_tokens: int = 128
+    calls: int = 0
+    max_prompt: int = 0
+    max_response: int = 0
+    seed: int = 0
+    slo_ms: tuple[float, float] | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("replay", "live"):
+            raise ConfigError(f"mode must be replay or live, got {self.mode!r}")
+        if not self.arms:
+            raise ConfigError("arms must name at least one, got none")
+        if self.warmth not in ("cold", "self-warmed", "warmed"):
+            raise ConfigError(f"warmth must be cold, self-warmed or warmed, got {self.warmth!r}")
+
+
+def make_workload(paths: Sequence[Path], encode: Encode, options: BenchOptions, *, format: str = "auto") -> Workload:
+    """The calls of the traces; without any, edits of this machine's own standard library.
+
+    Raises:
+        LoadError: a trace cannot be read.
+        ConfigError: no usable call.
+    """
+    limits = Limits(options.calls, options.max_prompt, options.max_response)
+    if paths:
+        return Workload.from_paths(
+            paths, encode, limits, is_strict=options.strict, needs_response=options.mode == "replay", format=format
+        )
+    count = options.calls or _BUILT_IN_CALLS
+    return Workload.of(
+        [("stdlib-edits", lambda: built_in_calls(count, seed=options.seed))], encode, limits, skips=Skips()
+    )
+
+
+def run_bench(
+    target: Target,
+    work: Workload,
+    options: BenchOptions,
+    *,
+    output: Path | None = None,
+    resume: bool = False,
+    assistant: Any = None,
+    training: Workload | None = None,
+    tokenizer: Any = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> BenchResult:
+    """Run all arms over the workload; the result is complete, or marked as partial after Ctrl-C.
+
+    Args:
+        target: the model of all arms.
+        work: the calls.
+        options: how.
+        output: file that the result goes to, also while it runs.
+        resume: go on from the whole rounds of ``output``.
+        assistant: the small model of assisted generation.
+        training: answered calls for warmed stores.
+        tokenizer: for live answers that later prompts quote; None: the target's own.
+        on_progress: (finished calls, all calls) over all rounds.
+
+    Raises:
+        ConfigError: the options, the model and the workload do not fit each other.
+    """
+    if options.warmth == "warmed" and training is None:
+        raise ConfigError("warmed stores need training traces")
+    load_before = os.getloadavg()[0]
+    room = _room(target, work, options)
+    arms = build_arms(options.arms, target.model, budget=options.budget, assistant=assistant, kv_tokens=room)
+    arms.sort(key=lambda arm: _REFERENCES.index(arm.name) if arm.name in _REFERENCES else len(_REFERENCES))
+    result = _empty_result(target, work, options, arms)
+    done = _rows_to_keep(output, result) if resume else []
+    plan = _plan(target, options, training, tokenizer or target.tokenizer)
+    saver = _Saver(result, output, options, len(work.items), on_progress)
+    run = run_rounds(arms, work, plan, done_rows=done, on_step=saver.step)
+    _take(result, run, options)
+    if not run.is_partial:
+        curve_arm = next((arm for arm in arms if isinstance(arm, EngineArm)), None)
+        if curve_arm is not None:
+            result.cost_curve = cost_curve(curve_arm.engine, work)
+    result.memory = _memory()
+    result.flags = guard(result, load_before=load_before, cores=os.cpu_count() or 1)
+    if output is not None:
+        write_result(output, result)
+    return result
+
+
+def _room(target: Target, work: Workload, options: BenchOptions) -> int:
+    """Tokens that an engine must hold; says which call is too long for the model."""
+    answer = (lambda n: n) if options.mode == "replay" else (lambda _: options.max_new_tokens)
+    lengths = [len(item.prompt_ids) + answer(len(item.response_ids)) for item in work.items]
+    limit, vocab_size = model_max_length(target.model), target.model.config.get_text_config().vocab_size
+    if max(lengths) >= limit:
+        raise ConfigError(
+            f"a call of {max(lengths)} tokens is too long for a context of {limit}: set max_prompt and max_response"
+        )
+    largest = max(int(ids.max(initial=0)) for item in work.items for ids in (item.prompt_ids, item.response_ids))
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"the tokenizer gives token {largest}, but the model has {vocab_size}: take its own tokenizer"
+        )
+    has_gaps = any(item.parts is not None for item in work.items)  # prompts that grow by live answers
+    return limit if has_gaps else max(lengths) + _DRAFT_ROOM
+
+
+def _plan(target: Target, options: BenchOptions, training: Workload | None, tokenizer: Any) -> Plan:
+    is_live = options.mode == "live"
+    return Plan(
+        is_live=is_live,
+        rounds=options.rounds,
+        max_new_tokens=options.max_new_tokens,
+        stop_ids=target.stop_ids if is_live else (),
+        warmth=options.warmth,
+        training=training.items if training is not None else (),
+        decode=None if tokenizer is None else lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+        encode=None if tokenizer is None else lambda text: tokenizer.encode(text, add_special_tokens=False),
+    )
+
+
+def _empty_result(target: Target, work: Workload, options: BenchOptions, arms: Sequence[Arm]) -> BenchResult:
+    names = [arm.name for arm in arms]
+    return BenchResult.model_validate(
+        {
+            "mode": options.mode,
+            "environment": environment(),
+            "settings": asdict(options),
+            "workload": work.info().model_dump(),
+            "model": target.info.model_dump(),
+            "references": [name for name in _REFERENCES if name in names] or names[:1],
+            "arms": [
+                ArmInfo(name=arm.name, kind=arm.kind, warmth=_warmth(arm, options), options=_arm_options(arm))
+                for arm in arms
+            ],
+        }
+    )
+
+
+def _warmth(arm: Arm, options: BenchOptions) -> Warmth:
+    return options.warmth if isinstance(arm, EngineArm) and arm.name != "plain" else "cold"
+
+
+def _arm_options(arm: Arm) -> dict[str, Any]:
+    return {"budget": arm.budget} if isinstance(arm, EngineArm) else {}
+
+
+def _rows_to_keep(output: Path | None, result: BenchResult) -> list[Row]:
+    """The rows of an interrupted run, if it was the same run."""
+    if output is None:
+        raise ConfigError("resuming needs the output file of the interrupted run")
+    if not output.exists():
+        return []
+    before = read_result(output)
+    for name in ("mode", "settings", "workload", "model"):
+        if getattr(before, name) != getattr(result, name):
+            raise ConfigError(f"{output} holds another run: its {name} differs, so it cannot be resumed")
+    return before.rows
+
+
+class _Saver:
+    """Counts what is done, and writes the result file from time to time, so that even a power cut leaves something."""
+
+    def __init__(
+        self,
+        result: BenchResult,
+        output: Path | None,
+        options: BenchOptions,
+        num_calls: int,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._result, self._output, self._options = result, output, options
+        self._total, self._on_progress = num_calls * options.rounds, on_progress
+        self._saved_at = perf_counter()
+
+    def step(self, run: Run) -> None:
+        if self._on_progress is not None:
+            self._on_progress(len({(row.round, row.call) for row in run.rows}), self._total)
+        if self._output is not None and perf_counter() - self._saved_at > _SAVE_EVERY_S:
+            _take(self._result, run, self._options)
+            self._result.is_partial = True
+            write_result(self._output, self._result)
+            self._saved_at = perf_counter()
+
+
+def _take(result: BenchResult, run: Run, options: BenchOptions) -> None:
+    result.rows, result.timeline, result.is_partial = run.rows, run.timeline, run.is_partial
+    result.energy_j = {name: joules for name, joules in run.energy_j.items() if joules}
+    for arm in result.arms:
+        arm.failure = run.failures.get(arm.name)
+    result.references = [name for name in result.references if name not in run.failures]
+    result.summaries = summarize(run.rows, result.references, seed=options.seed, slo_ms=options.slo_ms)
+
+
+def _memory() -> dict[str, int]:
+    # ru_maxrss is in KiB on Linux.
+    memory = {"peak_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.cuda.is_available():
+        memory["peak_device"] = torch.cuda.max_memory_allocated()
+    return memory

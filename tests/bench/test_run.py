@@ -1,0 +1,323 @@
+"""A whole run over a tiny model: replay, live, failing peers, interruption and resumption."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from specdec.bench import replay
+from specdec.bench.arms import EngineArm
+from specdec.bench.loaders import Skips
+from specdec.bench.peers import ArcticDrafter, arm_names, build_arms
+from specdec.bench.results_schema import read_result
+from specdec.bench.run import BenchOptions, make_workload, run_bench
+from specdec.bench.targets import load_target, random_target
+from specdec.bench.workload import Limits, Workload
+from specdec.errors import ConfigError, LoadError
+from tests.tiny_models import byte_tokenizer, tiny_llama
+
+TOKENIZER = byte_tokenizer()
+
+
+def encode(text: str) -> list[int]:
+    return TOKENIZER.encode(text, add_special_tokens=False)
+
+
+@pytest.fixture(scope="module")
+def target():
+    torch.set_num_threads(1)
+    return load_target(tiny_llama(), TOKENIZER, "tiny")
+
+
+@pytest.fixture
+def traces(tmp_path):
+    file = tmp_path / "copies.jsonl"
+    lines = [
+        {"trace": f"t{i // 2}", "prompt": f"copy {i}: abcdefgh ijkl", "response": "abcdefgh ijkl abcdefgh"}
+        for i in range(4)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def options(**given) -> BenchOptions:
+    return BenchOptions(**{"rounds": 2, "budget": 4, **given})
+
+
+def test_replay_gives_every_arm_the_same_work_and_an_error_free_result(target, traces, tmp_path):
+    chosen = options(arms=("ngram", "plain", "generate", "prompt-lookup@4", "assisted", "arctic"), slo_ms=(1e4, 1e4))
+    work = make_workload([traces], encode, chosen)
+    output = tmp_path / "result.json"
+    seen = []
+    result = run_bench(target, work, chosen, output=output, on_progress=lambda done, all: seen.append((done, all)))
+    assert read_result(output) == result
+    assert seen[-1] == (8, 8)
+    assert [arm.name for arm in result.arms][:2] == ["plain", "generate"]
+    assert result.references == ["plain", "generate"]
+    failures = {arm.name: arm.failure for arm in result.arms if arm.failure}
+    assert failures == {
+        "assisted": "UnsupportedError: no assistant model was given",
+        "arctic": "UnsupportedError: arctic-inference is not installed",
+    }
+    assert {row.arm for row in result.rows} == {"plain", "generate", "ngram", "prompt-lookup@4"}
+    assert len(result.rows) == 4 * 4 * 2
+    assert all(row.same_output for row in result.rows)
+    assert not [flag for flag in result.flags if flag.code == "different-output"]
+    ngram, plain = result.summary("ngram"), result.summary("plain")
+    assert ngram.acceptance_length > 1.5 > plain.acceptance_length == 1.0
+    assert set(ngram.speedups) == {"plain", "generate"}
+    assert ngram.goodput_per_s > 0
+    assert [size for size, _ in result.cost_curve] == list(sorted({size for size, _ in result.cost_curve}))
+    assert len(result.cost_curve) == 12
+    assert {mark.arm for mark in result.timeline} == {"plain", "generate", "ngram", "prompt-lookup@4"}
+    assert {mark.call for mark in result.timeline} == {0, 1}  # the first episode
+    assert result.workload.files[0].name == "copies.jsonl"
+    assert "/" not in json.dumps(result.workload.model_dump())
+
+
+def test_live_outputs_are_compared_with_the_baselines(target, traces, monkeypatch):
+    chosen = options(mode="live", arms=("plain", "ngram", "generate"), max_new_tokens=12)
+    result = run_bench(target, make_workload([traces], encode, chosen), chosen)
+    assert all(row.same_output for row in result.rows)
+    assert {row.output_tokens for row in result.rows} <= set(range(1, 13))
+
+    right = EngineArm.run
+
+    def wrong(self, job):
+        done = right(self, job)
+        if self.name == "ngram":
+            done.output_ids = [*done.output_ids[:-1], 0]
+        return done
+
+    monkeypatch.setattr(EngineArm, "run", wrong)
+    flags = run_bench(target, make_workload([traces], encode, chosen), chosen).flags
+    assert [f.severity for f in flags if f.code == "different-output"] == ["error"]
+
+
+def test_open_turns_are_filled_with_live_answers(target, tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"question_id": 1, "category": "c", "turns": ["one?", "two?"]}) + "\n")
+    chosen = options(mode="live", arms=("plain", "ngram"), max_new_tokens=5)
+    work = make_workload([file], encode, chosen)
+    assert [len(item.response_ids) for item in work.items] == [0, 0]
+    result = run_bench(target, work, chosen)
+    gap = len(encode("<|user|>\none?\n<|assistant|>\n\n<|user|>\ntwo?\n"))
+    second = [row for row in result.rows if row.call == 1]
+    assert all(row.prompt_tokens > gap for row in second)
+    assert all(row.same_output for row in second)
+    with pytest.raises(ConfigError, match="no call that can be used; passed over: 2 x empty response"):
+        make_workload([file], encode, options())
+
+
+def test_an_interrupted_run_keeps_what_it_has_and_resumes_from_whole_rounds(target, traces, tmp_path, monkeypatch):
+    chosen = options(arms=("plain", "ngram"), rounds=3)
+    work, output = make_workload([traces], encode, chosen), tmp_path / "result.json"
+    count = 0
+    right = EngineArm.run
+
+    def interrupted(self, job):
+        nonlocal count
+        count += 1
+        if count == 2 + 8 + 3:  # warm-up, a whole round, and a bit
+            raise KeyboardInterrupt
+        return right(self, job)
+
+    monkeypatch.setattr(EngineArm, "run", interrupted)
+    partial = run_bench(target, work, chosen, output=output)
+    assert partial.is_partial
+    assert read_result(output).is_partial
+    assert len(partial.rows) == 8 + 2
+    assert "partial" in [flag.code for flag in partial.flags]
+    monkeypatch.setattr(EngineArm, "run", right)
+    whole = run_bench(target, work, chosen, output=output, resume=True)
+    assert not whole.is_partial
+    assert len(whole.rows) == 3 * 8
+    assert whole.rows[:8] == partial.rows[:8]  # measured before the interruption, kept
+    with pytest.raises(ConfigError, match="holds another run: its settings differs"):
+        run_bench(target, work, options(arms=("plain",), rounds=3), output=output, resume=True)
+
+
+def test_a_bug_of_ours_is_raised_and_a_peers_is_a_row(target, traces, monkeypatch):
+    chosen = options(arms=("plain", "generate"))
+    work = make_workload([traces], encode, chosen)
+    monkeypatch.setattr(type(target.model), "generate", lambda *a, **k: 1 / 0)
+    result = run_bench(target, work, chosen)
+    assert result.arms[1].failure == "ZeroDivisionError: division by zero"
+    monkeypatch.setattr(EngineArm, "run", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_bench(target, work, chosen)
+
+
+class Recorder:
+    """An arm that notes in which order it was used."""
+
+    kind = "test"
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def reset(self):
+        self.log.append((self.name, "reset"))
+
+    def warm(self, jobs):
+        self.log.append((self.name, f"warm {len(jobs)}"))
+
+    def run(self, job):
+        from specdec.bench.arms import JobResult
+
+        self.log.append((self.name, int(job.prompt_ids[0])))
+        return JobResult(job.forced_ids.tolist(), 1.0, [1.0], [len(job.forced_ids)], [0])
+
+
+def order(warmth: str, **given) -> list:
+    from specdec.bench.workload import WorkItem
+
+    ids = np.arange(3, dtype=np.int32)
+    work = Workload([WorkItem("s", str(i), ids + i, ids) for i in range(2)], [], Skips())
+    log: list = []
+    plan = replay.Plan(rounds=1, warmth=warmth, **given)
+    replay.run_rounds([Recorder("A", log), Recorder("B", log)], work, plan)
+    return log[2:]  # without the untimed answers
+
+
+def test_arms_take_turns_call_by_call_and_stores_are_as_declared():
+    assert order("self-warmed") == [("A", "reset"), ("B", "reset"), ("A", 0), ("B", 0), ("B", 1), ("A", 1)]
+    cold = order("cold")
+    assert cold == [(name, what) for name, call in (("A", 0), ("B", 0), ("B", 1), ("A", 1)) for what in ("reset", call)]
+    from specdec.bench.workload import WorkItem
+
+    ids = np.arange(3, dtype=np.int32)
+    warmed = order("warmed", training=[WorkItem("s", "t", ids, ids)])
+    assert warmed[:4] == [("A", "reset"), ("A", "warm 1"), ("B", "reset"), ("B", "warm 1")]
+
+
+def test_the_workload_is_limited_and_its_digest_is_of_the_work(traces):
+    whole = Workload.from_paths([traces], encode, Limits())
+    short = Workload.from_paths([traces], encode, Limits(calls=3, prompt_tokens=5, response_tokens=4))
+    assert [len(item.prompt_ids) for item in short.items] == [5, 5, 5]
+    assert short.items[0].prompt_ids.tolist() == whole.items[0].prompt_ids[-5:].tolist()
+    assert short.items[0].response_ids.tolist() == whole.items[0].response_ids[:4].tolist()
+    assert whole.info() == Workload.from_paths([traces.parent], encode, Limits()).info()
+    assert whole.info().tokens_sha256 != short.info().tokens_sha256
+
+
+def test_what_does_not_fit_is_said_before_anything_runs(target, traces):
+    work = make_workload([traces], encode, options())
+    with pytest.raises(ConfigError, match="arm must be one of plain"):
+        run_bench(target, work, options(arms=("eager",)))
+    with pytest.raises(ConfigError, match="different names"):
+        run_bench(target, work, options(arms=("plain", "plain")))
+    with pytest.raises(ConfigError, match="budget >= 1"):
+        run_bench(target, work, options(arms=("ngram@x",)))
+    with pytest.raises(ConfigError, match="need training traces"):
+        run_bench(target, work, options(warmth="warmed"))
+    with pytest.raises(ConfigError, match="mode must be replay or live"):
+        options(mode="fast")
+    long = make_workload([traces], lambda text: encode(text) * 20, options())
+    with pytest.raises(ConfigError, match="too long for a context of 256"):
+        run_bench(target, long, options())
+    foreign = make_workload([traces], lambda text: [i + 1000 for i in encode(text)], options())
+    with pytest.raises(ConfigError, match="the model has 257"):
+        run_bench(target, foreign, options())
+
+
+def test_a_random_model_has_the_shape_of_its_configuration(tmp_path):
+    config = {"model_type": "qwen2", "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48,
+              "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+              "architectures": ["Qwen2ForCausalLM"], "torch_dtype": "bfloat16"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    made = random_target(str(tmp_path), dtype="bfloat16")
+    assert made.info.has_random_weights
+    assert (made.info.dtype, made.info.name) == ("bfloat16", tmp_path.name)
+    assert made.model.config.vocab_size == 99
+    with pytest.raises(ConfigError, match=r"shape must be one of qwen2.5-0.5b"):
+        random_target("qwen9")
+    with pytest.raises(ConfigError, match="dtype must be"):
+        random_target(str(tmp_path), dtype="int8")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(LoadError, match="no model_type"):
+        random_target(str(tmp_path))
+
+
+class FakeArctic:
+    """The calls of arctic-inference's cache: proposes the two tokens that followed the last one before."""
+
+    max_tree_depth = 64
+
+    def __init__(self):
+        self.log = []
+
+    def start_request(self, request_id, prompt):
+        self.text = list(prompt)
+        self.log.append("start")
+
+    def speculate(self, request_id, context, *, max_spec_tokens, max_spec_factor, min_token_prob, use_tree_spec):
+        from types import SimpleNamespace
+
+        last = int(context[-1])
+        places = [i for i, token in enumerate(self.text[:-1]) if token == last][-1:]
+        ids = [self.text[i + 1 : i + 1 + min(2, max_spec_tokens)] for i in places]
+        flat = ids[0] if ids else []
+        return SimpleNamespace(token_ids=flat, parents=list(range(-1, len(flat) - 1)))
+
+    def add_active_response(self, request_id, token_ids):
+        self.text += token_ids
+
+    def stop_request(self, request_id):
+        self.log.append("stop")
+
+
+def test_arctics_tree_drafts_inside_our_engine(target, traces):
+    (item, *_) = make_workload([traces], encode, options()).items
+    cache = FakeArctic()
+    arm = EngineArm("arctic", target.model, lambda: ArcticDrafter(cache), budget=4, kind="arctic", kv_tokens=200)
+    from specdec.bench.arms import Job
+
+    done = arm.run(Job(item.prompt_ids, len(item.response_ids), item.response_ids))
+    assert done.output_ids == item.response_ids.tolist()
+    assert sum(done.accepted) > 5
+    assert cache.log == ["start", "stop"]
+    assert cache.text == [*item.prompt_ids.tolist(), *item.response_ids.tolist()]
+
+
+def test_every_name_builds_an_arm(target):
+    names = [name for name in arm_names() if name not in ("suffix", "lookahead", "recycling")]
+    assert [arm.name for arm in build_arms(names, target.model, kv_tokens=100)] == names
+
+
+def test_replay_and_a_dry_walk_agree_on_accepted_tokens(target, traces):
+    """What simulation does without a model: draft, compare with the recording, commit."""
+    from specdec.build import build_drafter
+    from specdec.types import Request, RequestState
+
+    chosen = options(arms=("ngram",), rounds=1, warmth="cold")
+    work = make_workload([traces], encode, chosen)
+    result = run_bench(target, work, chosen)
+    for row, item in zip(result.rows, work.items, strict=True):
+        drafter, state = build_drafter("ngram"), RequestState(Request("r", item.prompt_ids))
+        drafter.start([state])
+        answer, accepted, at = item.response_ids.tolist(), 0, 0
+        while at < len(answer):
+            tree = drafter.propose([state], [min(4, len(answer) - at - 1)])[0]
+            node, taken = 0, 0
+            while at + taken < len(answer):
+                child = [
+                    i
+                    for i in range(1, len(tree))
+                    if tree.parents[i] == node and tree.token_ids[i] == answer[at + taken]
+                ]
+                if not child:
+                    break
+                node, taken = child[0], taken + 1
+            emitted = answer[at : at + taken + 1]
+            # The calibration of ngram learns from outcomes: show it the same ones.
+            from types import SimpleNamespace
+
+            result_of_step = SimpleNamespace(accepted_ids=np.array(emitted[:taken], np.int32), bonus_id=(emitted[-1]))
+            drafter.observe([SimpleNamespace(state=state, tree=tree, result=result_of_step)])
+            state.append(emitted)
+            accepted, at = accepted + taken, at + len(emitted)
+        assert row.num_accepted == accepted

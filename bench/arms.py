@@ -80,6 +80,9 @@ class Arm(Protocol):
     def run(self, job: Job) -> JobResult:
         """Answer one call."""
 
+    def close(self) -> None:
+        """Give the model back as it was."""
+
 
 class _StepRecorder:
     """Keeps what each step of the running job did (`specdec.protocols.Observer`); cheap, for it runs on the clock."""
@@ -140,6 +143,9 @@ class EngineArm:
 
     def warm(self, jobs: Sequence[Job]) -> None:
         warm_up(self._engine.drafter, jobs)
+
+    def close(self) -> None:
+        self._engine.close()
 
     def run(self, job: Job) -> JobResult:
         self._count += 1
@@ -227,6 +233,9 @@ class GenerateArm:
 
     def warm(self, jobs: Sequence[Job]) -> None:
         """It learns nothing."""
+
+    def close(self) -> None:
+        """It holds nothing."""
 
     def run(self, job: Job) -> JobResult:
         if self._assistant is not None and job.forced_ids is not None:

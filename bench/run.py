@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -12,12 +14,12 @@ from typing import Any
 
 import torch
 
+from specdec.bench.arm_builder import build_arms
 from specdec.bench.arms import Arm, EngineArm
 from specdec.bench.cost_curve import cost_curve
 from specdec.bench.loaders import Skips
 from specdec.bench.measure import environment
 from specdec.bench.metrics import guard, summarize
-from specdec.bench.peers import build_arms
 from specdec.bench.replay import Plan, Run, run_rounds
 from specdec.bench.results_schema import ArmInfo, BenchResult, Row, Warmth, read_result, write_result
 from specdec.bench.targets import Target
@@ -127,16 +129,18 @@ def run_bench(
     room = _room(target, work, options)
     arms = build_arms(options.arms, target.model, budget=options.budget, assistant=assistant, kv_tokens=room)
     arms.sort(key=lambda arm: _REFERENCES.index(arm.name) if arm.name in _REFERENCES else len(_REFERENCES))
-    result = _empty_result(target, work, options, arms)
-    done = _rows_to_keep(output, result) if resume else []
-    plan = _plan(target, options, training, tokenizer or target.tokenizer)
-    saver = _Saver(result, output, options, len(work.items), on_progress)
-    run = run_rounds(arms, work, plan, done_rows=done, on_step=saver.step)
-    _take(result, run, options)
-    if not run.is_partial:
-        curve_arm = next((arm for arm in arms if isinstance(arm, EngineArm)), None)
-        if curve_arm is not None:
-            result.cost_curve = cost_curve(curve_arm.engine, work)
+    with ExitStack() as stack:
+        for arm in arms:
+            stack.callback(arm.close)
+        result = _empty_result(target, work, options, arms)
+        done = _rows_to_keep(output, result) if resume else []
+        plan = _plan(target, options, training, tokenizer or target.tokenizer)
+        saver = _Saver(result, output, options, len(work.items), on_progress)
+        run = run_rounds(arms, work, plan, done_rows=done, on_step=saver.step)
+        _take(result, run, options)
+        engines = [arm.engine for arm in arms if isinstance(arm, EngineArm)]
+        if engines and not run.is_partial:
+            result.cost_curve = cost_curve(engines[0], work)
     result.memory = _memory()
     result.flags = guard(result, load_before=load_before, cores=os.cpu_count() or 1)
     if output is not None:
@@ -182,7 +186,7 @@ def _empty_result(target: Target, work: Workload, options: BenchOptions, arms: S
         {
             "mode": options.mode,
             "environment": environment(),
-            "settings": asdict(options),
+            "settings": json.loads(json.dumps(asdict(options))),  # as it will be read again
             "workload": work.info().model_dump(),
             "model": target.info.model_dump(),
             "references": [name for name in _REFERENCES if name in names] or names[:1],

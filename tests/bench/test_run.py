@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from specdec.bench import replay
-from specdec.bench.arms import EngineArm
+from specdec.bench.arm_builder import ArcticDrafter, arm_names, build_arms
+from specdec.bench.arms import EngineArm, GenerateArm
 from specdec.bench.loaders import Skips
-from specdec.bench.peers import ArcticDrafter, arm_names, build_arms
 from specdec.bench.results_schema import read_result
 from specdec.bench.run import BenchOptions, make_workload, run_bench
 from specdec.bench.targets import load_target, random_target
@@ -143,7 +143,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_resumes_from_whole_rounds(targ
 def test_a_bug_of_ours_is_raised_and_a_peers_is_a_row(target, traces, monkeypatch):
     chosen = options(arms=("plain", "generate"))
     work = make_workload([traces], encode, chosen)
-    monkeypatch.setattr(type(target.model), "generate", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(GenerateArm, "run", lambda *a: 1 / 0)
     result = run_bench(target, work, chosen)
     assert result.arms[1].failure == "ZeroDivisionError: division by zero"
     monkeypatch.setattr(EngineArm, "run", lambda *a: 1 / 0)

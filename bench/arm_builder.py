@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from specdec.bench.arms import Arm, EngineArm, GenerateArm, Job, JobResult
-from specdec.build import DRAFTERS
+from specdec.build import DRAFTERS, model_max_length
 from specdec.errors import ConfigError, UnsupportedError
 from specdec.protocols import DrafterNeeds
+from specdec.rope import freeze_rope
+from specdec.routes import choose_route
 from specdec.types import DraftTree, RequestState, StepEvent
 
 if TYPE_CHECKING:
@@ -84,6 +86,9 @@ class _Absent:
     def warm(self, jobs: Sequence[Job]) -> None:
         """Nothing is learned."""
 
+    def close(self) -> None:
+        """It holds nothing."""
+
     def run(self, job: Job) -> JobResult:
         raise UnsupportedError(self._reason)
 
@@ -110,17 +115,25 @@ def build_arms(
     """
     if len(set(names)) != len(names):
         raise ConfigError(f"arms must have different names, got {', '.join(names)}")
-    return [_build(name, model, budget, assistant, options) for name in names]
+    for name in names:
+        _check(name)
+    # Engines look for the best path of the model when they are built; it is the same for all.
+    with freeze_rope(model, model_max_length(model)):
+        route = choose_route(model, max_length=model_max_length(model))
+    return [_build(name, model, budget, assistant, {**options, "route": route}) for name in names]
+
+
+def _check(name: str) -> None:
+    base, _, number = name.partition("@")
+    if base not in arm_names():
+        raise ConfigError(f"arm must be one of {', '.join(arm_names())}, got {name!r}")
+    if "@" in name and not (number.isdecimal() and int(number) >= 1):
+        raise ConfigError(f"the number behind @ must be a budget >= 1, got {name!r}")
 
 
 def _build(name: str, model: PreTrainedModel, budget: int | None, assistant: Any, options: dict[str, Any]) -> Arm:
     base, _, number = name.partition("@")
-    if base not in arm_names():
-        raise ConfigError(f"arm must be one of {', '.join(arm_names())}, got {name!r}")
-    if number:
-        if not number.isdecimal() or int(number) < 1:
-            raise ConfigError(f"the number behind @ must be a budget >= 1, got {name!r}")
-        budget = int(number)
+    budget = int(number) if number else budget
     if base == "plain":
         return EngineArm(name, model, "none", budget=0, **options)
     if base == "generate":

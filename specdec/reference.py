@@ -95,13 +95,8 @@ class Reference:
             Transcript.of(model, row.device, token_ids[:12], 3),
             Transcript.of(model, row.device, token_ids[12:19], 3),
         )
-        errors = []
-        for transcript in transcripts:
-            for step, logits in enumerate(transcript.logits):
-                end = transcript.num_prompt_tokens + step
-                expected, _ = row(transcript.token_ids[:end], first_row=end - 1)
-                errors.append(float(relative_errors(logits[None], expected)))
-        return cls(row, noise if is_causal else 0.0, is_causal, transcripts, max(errors))
+        error = max(float(_transcript_errors(row, transcript, is_causal).max()) for transcript in transcripts)
+        return cls(row, noise if is_causal else 0.0, is_causal, transcripts, error)
 
     @property
     def tolerance(self) -> float:
@@ -117,6 +112,16 @@ class Reference:
     def generates_ordinarily(self) -> bool:
         """True if ``generate`` computes what ordinary forwards compute."""
         return self.generate_error <= self.tolerance
+
+
+def _transcript_errors(row: RowForward, transcript: Transcript, is_causal: bool) -> torch.Tensor:
+    """[n] relative error of each logits row of a transcript against ordinary forwards: one of them, if causal."""
+    first, last = transcript.num_prompt_tokens, len(transcript.token_ids)
+    if is_causal:
+        expected, _ = row(transcript.token_ids[: last - 1], first_row=first - 1)
+    else:
+        expected = torch.cat([row(transcript.token_ids[:end], first_row=end - 1)[0] for end in range(first, last)])
+    return relative_errors(transcript.logits, expected)
 
 
 def rounding(dtype: torch.dtype) -> float:

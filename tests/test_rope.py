@@ -9,6 +9,12 @@ from torch import nn
 
 from specdec.errors import ConfigError, UnsupportedError
 from specdec.rope import freeze_rope
+from specdec.routes import choose_route
+from specdec.toy import OracleDrafter
+from specdec.tree_target import TreeTarget
+from specdec.types import SamplingParams
+from tests.greedy import generate, prompts
+from tests.serving import serve, target_for, texts
 
 SMALL = {
     "hidden_size": 32,
@@ -151,3 +157,16 @@ def test_an_embedding_that_cannot_run_alone_is_an_error_and_stays_as_it_was():
 def test_max_length_must_be_positive():
     with pytest.raises(ConfigError, match="max_length must be >= 1, got 0"):
         freeze_rope(llama(DYNAMIC), 0)
+
+
+@KINDS
+def test_an_engine_over_frozen_rope_says_what_generate_says(build, rope_parameters):
+    model = build(rope_parameters)
+    asked = prompts(99, (5, 12, 21))
+    how = [SamplingParams(max_new_tokens=30)] * 3
+    with freeze_rope(model, 60):
+        expected = [generate(model, prompt, 30) for prompt in asked]
+        target = target_for(model, choose_route(model, max_length=60))
+        drafter = OracleDrafter({str(i): ids for i, ids in enumerate(expected)}, 99, num_wrong_siblings=1, wrong_from=3)
+        assert texts(serve(target, drafter, asked, how, budget=6, num_late=1)) == expected
+    assert isinstance(target, TreeTarget)

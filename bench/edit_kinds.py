@@ -17,7 +17,7 @@ __all__ = ["EDITS", "MakeEdit"]
 Edit = tuple[str, str]  # instruction, edited snippet
 MakeEdit = Callable[[random.Random, str], "Edit | None"]
 
-_WORDS = (
+_WORD_LIST = (
     "active array batch block body buffer cache child chunk client code config context count current data default "
     "delay depth entry error event extra field file filter final flag format frame group handle header hint index "
     "info inner input item key kind label last left length level limit line list local lock main map mark match "
@@ -25,8 +25,9 @@ _WORDS = (
     "parent part path pattern payload prefix query queue range raw record region remote reply request result right "
     "root row rule sample scope section seed shape size slot source span stack start state status step stream "
     "strict suffix table target task text timeout token total trace type unit update user value verbose weight width"
-).split()
-_VERBS = "Return Build Check Compute Parse Read Write Update Find Load Store Handle Create Convert Collect".split()
+)
+_WORDS = _WORD_LIST.split()
+_VERBS = ("Return", "Build", "Check", "Compute", "Parse", "Read", "Write", "Update", "Find", "Load", "Store", "Create")
 _DEFAULTS = ("None", "True", "False", "0", "1", "10", "''", "()", "-1", "0.5")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{2,}")
 _DEF = re.compile(r"^( *)(?:async )?def ([A-Za-z_]\w*)\(", re.M)
@@ -109,6 +110,8 @@ def _remove_parameter(rng: random.Random, text: str) -> Edit | None:
         return None
     gone = rng.choice(plain)
     kept = ", ".join(p for i, p in enumerate(parameters) if i != gone)
+    if kept.endswith("*"):
+        return None  # a bare star needs a keyword-only parameter after it
     name = parameters[gone].split("=")[0]
     return f"Remove the parameter `{name}` from `{head.group(2)}`.", text[: head.end()] + kept + text[end:]
 
@@ -146,7 +149,7 @@ def _docstring(rng: random.Random, text: str) -> Edit | None:
     places = [
         (i, head)
         for i, line in enumerate(lines[:-1])
-        if (head := _DEF.match(line)) and line.rstrip().endswith(":") and "\"\"\"" not in lines[i + 1]
+        if (head := _DEF.match(line)) and line.rstrip().endswith(":") and '"""' not in lines[i + 1]
     ]
     if not places:
         return None

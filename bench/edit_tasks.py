@@ -8,6 +8,7 @@ choice comes from a ``random.Random`` that the caller seeds. The edits themselve
 from __future__ import annotations
 
 import ast
+import os
 import random
 import sysconfig
 import textwrap
@@ -88,9 +89,13 @@ def source_files(root: Path, *, heldout: bool) -> Iterator[SourceFile]:
     """
     if not root.is_dir():
         raise LoadError(f"source root must be a directory, got {root}")
-    for file in sorted(root.rglob("*.py")):
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _EXCLUDED_DIRS]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    for file in sorted(found):
         relative = file.relative_to(root)
-        if _EXCLUDED_DIRS.intersection(relative.parts) or is_heldout(relative.as_posix()) != heldout:
+        if is_heldout(relative.as_posix()) != heldout:
             continue
         try:
             text = file.read_text(encoding="utf-8")
@@ -146,9 +151,7 @@ def make_task(rng: random.Random, path: str, snippet: str, *, kinds: Sequence[st
     return None
 
 
-def heldout_snippets(
-    *, root: Path | None = None, min_lines: int = 20, max_lines: int = 120
-) -> list[tuple[str, str]]:
+def heldout_snippets(*, root: Path | None = None, min_lines: int = 20, max_lines: int = 120) -> list[tuple[str, str]]:
     """Return ``(path, snippet)`` for every fitting function and class of the held-out files, in path order."""
     return [
         (file.path, snippet)

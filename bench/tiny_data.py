@@ -106,8 +106,8 @@ class Mixture:
     ``prompt_weight`` is the loss weight of the user message, ``answer_weight`` that of the reply.
     """
 
-    edit: float = 0.6
-    plain: float = 0.3
+    edit: float = 0.7
+    plain: float = 0.25
     prose: float = 0.05
     drill: float = 0.05
     prompt_weight: float = 0.4

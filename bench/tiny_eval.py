@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from specdec.bench.edit_tasks import EditTask, heldout_files, heldout_tasks
 from specdec.errors import ConfigError
 
-__all__ = ["copied_lines", "distinct_ngrams", "edit_prompt", "evaluate", "generate", "load_model", "main"]
+__all__ = ["card_table", "copied_lines", "distinct_ngrams", "edit_prompt", "evaluate", "generate", "load_model", "main"]
 
 _CONTINUATION = 128  # new tokens that the distinct-4-gram ratio looks at
 _CONTEXT = 2048
@@ -186,17 +186,50 @@ def evaluate(folder: Path, *, tasks: int = 50, seed: int = 0) -> dict[str, Any]:
     }
 
 
+def card_table(result: dict[str, Any]) -> str:
+    """Return the Markdown table of one result, as the model card shows it."""
+    code, edit, plain = result["code"], result["edit"], result["continuation"]
+    rows = [
+        ("loss per token on held-out code", f"{code['loss']:.2f} (perplexity {code['perplexity']:.1f})"),
+        ("bits per byte on held-out code", f"{code['bits_per_byte']:.2f}"),
+        (f"edit tasks carried out exactly, of {edit['tasks']}", f"{edit['exact_match']:.0%}"),
+        ("lines of the reference answer reproduced", f"{edit['line_accuracy']:.1%}"),
+        ("answers that end by themselves", f"{edit['ended_by_itself']:.0%}"),
+        ("distinct 4-grams, edit answers (references)", _pair(edit)),
+        (f"distinct 4-grams, plain continuation of {plain['prompts']} prompts (references)", _pair(plain)),
+        ("plain continuations below 0.5", f"{plain['share_below_half']:.0%}"),
+    ]
+    return "\n".join(["| measured | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _pair(part: dict[str, Any]) -> str:
+    return f"{part['distinct_4gram_ratio']:.2f} ({part['distinct_4gram_ratio_of_references']:.2f})"
+
+
+def _update_card(card: Path, result: dict[str, Any]) -> None:
+    """Put the table between the card's two markers."""
+    before, _, rest = card.read_text().partition("<!-- eval -->\n")
+    _, marker, after = rest.partition("<!-- /eval -->")
+    if not marker:
+        raise ConfigError(f"{card} must hold the markers <!-- eval --> and <!-- /eval -->")
+    card.write_text(f"{before}<!-- eval -->\n{card_table(result)}\n{marker}{after}")
+
+
 def main(
     model: Annotated[Path, typer.Option(help="The exported model.")] = Path("bench/tiny"),
     tasks: Annotated[int, typer.Option(help="Edit prompts, and continuation prompts.", min=1)] = 50,
     seed: Annotated[int, typer.Option(help="Of the choice of prompts.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
     out: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
+    card: Annotated[Path | None, typer.Option(help="Also put the table into this model card.")] = None,
 ) -> None:
     """Print the measurements as JSON."""
     torch.set_num_threads(threads)
-    text = json.dumps(evaluate(model, tasks=tasks, seed=seed), indent=1)
+    result = evaluate(model, tasks=tasks, seed=seed)
+    text = json.dumps(result, indent=1)
     typer.echo(text)
+    if card:
+        _update_card(card, result)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text + "\n")

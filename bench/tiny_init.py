@@ -26,14 +26,19 @@ import torch
 
 __all__ = ["CircuitSpec", "init_induction"]
 
+_WINDOW_SCORE = 9.0  # a window's score at distance 0: a thousand far tokens together then weigh less than the window
+
 
 @dataclass(frozen=True, slots=True)
 class CircuitSpec:
-    """Strengths of the circuit; the defaults were found by copy accuracy at step 0 on random repeated spans."""
+    """Strengths of the circuit; the defaults were found by free-running copies of held-out files at step 0."""
 
-    code_dims: int = 20  # dimensions of one earlier token's code
-    look_back: float = 24.0  # peak attention score of layer 0; its spectrum needs this much to single out one position
-    match: float = 40.0  # attention score of a perfect n-gram match in layer 1
+    windows: tuple[int, ...] = (32,)  # widths in tokens of layer 0's last heads; the others look back 1, 2, ...
+    window_weight: float = 0.8  # of a window's code in the match, where the last token's has 1
+    decay: float = 0.85  # of the weight per token further back: near tokens decide, far ones break ties
+    code_dims: int = 15  # dimensions of one earlier token's code
+    look_back: float = 80.0  # peak attention score of layer 0; its spectrum needs this much to single out one position
+    match: float = 60.0  # attention score of a perfect match in layer 1
     write: float = 4.0  # output of layer 1 relative to the embedding
     embedding_norm: float = 1.0
     final_gain: float = 1.0  # weight of the final norm: sets how sure the first predictions are
@@ -52,26 +57,47 @@ def _frequencies(config: Any) -> torch.Tensor:
     return torch.pow(float(config.rope_parameters["rope_theta"]), -torch.arange(half, dtype=torch.float32) / half)
 
 
+def _queries(config: Any, spec: CircuitSpec) -> tuple[torch.Tensor, list[torch.Tensor], list[float]]:
+    """Return layer 0's constant key [D], each head's query [D], and how many tokens each head averages."""
+    half, theta = config.head_dim // 2, _frequencies(config)
+    used = half - spec.slow_pairs
+    index = torch.arange(half, dtype=torch.float32)
+    key = torch.cat([(index < used).float(), torch.zeros(half)])
+    key /= key.norm()
+    queries, averaged = [], []
+    for back in range(1, config.num_attention_heads - len(spec.windows) + 1):
+        amplitude = torch.exp(-index / (2 * spec.spectrum)) * (index < used)
+        query = torch.cat([amplitude * (back * theta).cos(), -amplitude * (back * theta).sin()])
+        queries.append(query / query.norm())
+        averaged.append(1.0)
+    for width in spec.windows:
+        band = ((theta > 0.35 / width) & (theta < 1.2 / width) & (index < used)).float()
+        wave = torch.cat([band, torch.zeros(half)])
+        peak = _WINDOW_SCORE / spec.look_back / (wave @ key)  # the score at distance 0, as a share of the largest
+        idle = torch.zeros(config.head_dim)
+        idle[-1] = 1.0  # a slow pair, where the key is 0: takes up the rest of the norm that QK-norm fixes
+        wave = wave * peak
+        queries.append(wave + idle * (1 - wave @ wave).clamp(min=0).sqrt())
+        averaged.append(float(width))
+    return key, queries, averaged
+
+
 def _look_back_layer(attention: Any, config: Any, spec: CircuitSpec, bases: list[torch.Tensor]) -> None:
-    """Make head m of ``attention`` copy the code of the token m+1 back into subspace m."""
+    """Make each head of ``attention`` copy the code of the tokens it looks at into its own subspace."""
     constant, code, *slots = bases
-    dim, half = config.head_dim, config.head_dim // 2
-    theta = _frequencies(config)
-    amplitude = torch.exp(-torch.arange(half, dtype=torch.float32) / (2 * spec.spectrum))
-    key = torch.cat([amplitude, torch.zeros(half)])
+    dim = config.head_dim
+    key, queries, averaged = _queries(config, spec)
     for group in range(config.num_key_value_heads):
         rows = slice(group * dim, (group + 1) * dim)
-        attention.k_proj.weight[rows] = torch.outer(key / key.norm(), constant)
+        attention.k_proj.weight[rows] = torch.outer(key, constant)
         attention.v_proj.weight[rows] = 0.0
         attention.v_proj.weight[rows][: spec.code_dims] = code.T
     attention.o_proj.weight.zero_()
-    for head, slot in enumerate(slots):
-        rows = slice(head * dim, (head + 1) * dim)
-        angle = -(head + 1) * theta
-        query = torch.cat([amplitude * angle.cos(), amplitude * angle.sin()])
-        attention.q_proj.weight[rows] = torch.outer(query / query.norm(), constant)
+    for head, (slot, query, count) in enumerate(zip(slots, queries, averaged, strict=True)):
+        attention.q_proj.weight[head * dim : (head + 1) * dim] = torch.outer(query, constant)
         # The input norm scales the embedding to norm sqrt(hidden); undo it, so that codes keep the embedding's scale.
-        scale = (2**0.5) * spec.embedding_norm / config.hidden_size**0.5
+        # A mean of n unrelated codes is sqrt(n) times shorter than one.
+        scale = (2 * count) ** 0.5 * spec.embedding_norm / config.hidden_size**0.5
         attention.o_proj.weight[:, head * dim : head * dim + spec.code_dims] = scale * slot
     gain = (spec.look_back / dim**0.5) ** 0.5
     attention.q_norm.weight.fill_(gain)
@@ -81,32 +107,33 @@ def _look_back_layer(attention: Any, config: Any, spec: CircuitSpec, bases: list
 def _match_layer(
     attention: Any, config: Any, spec: CircuitSpec, bases: list[torch.Tensor], generator: torch.Generator
 ) -> None:
-    """Make the heads of ``attention`` find the last n-gram earlier in the context and predict what followed it."""
-    _, code, *slots = bases
+    """Make the heads of ``attention`` find where this context stood before and predict what followed it."""
+    constant, code, *slots = bases
     dim, half, width = config.head_dim, config.head_dim // 2, 2 * spec.slow_pairs
     slow = torch.cat([torch.arange(half - spec.slow_pairs, half), torch.arange(dim - spec.slow_pairs, dim)])
     heads_per_group = config.num_attention_heads // config.num_key_value_heads
-    used = torch.cat([bases[0][:, None], *slots], dim=1)
+    backs, windows = slots[: len(slots) - len(spec.windows)], slots[len(slots) - len(spec.windows) :]
+    used = torch.cat([constant[:, None], *slots], dim=1)
     random = torch.randn(config.hidden_size, config.hidden_size, generator=generator)
     identity, _ = torch.linalg.qr(random - used @ (used.T @ random))  # token identity lives outside `used`
-    attention.o_proj.weight.zero_()
-    for name in ("q_proj", "k_proj", "v_proj"):
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         getattr(attention, name).weight.zero_()
+    weights = [spec.decay**m for m in range(len(backs))]
     for group in range(config.num_key_value_heads):
         mixes = [_orthogonal(width, spec.code_dims, generator) for _ in slots]
-        decay = [0.85**m for m in range(len(slots))]  # near tokens decide, far ones break ties
-        rows = slow + group * dim
-        attention.k_proj.weight[rows] = sum(w * t @ s.T for w, t, s in zip(decay, mixes, slots, strict=True))
-        value = identity[:, group * dim : (group + 1) * dim]
-        attention.v_proj.weight[group * dim : (group + 1) * dim] = value.T
+        bags = sum(spec.window_weight * t @ s.T for t, s in zip(mixes[len(backs) :], windows, strict=True))
+        grams = zip(weights, mixes[: len(backs)], backs, strict=True)
+        attention.k_proj.weight[slow + group * dim] = bags + sum(w * t @ s.T for w, t, s in grams)
+        share = (config.hidden_size - used.shape[1]) // config.num_key_value_heads
+        value = identity[:, group * share : group * share + min(dim, share)]
+        attention.v_proj.weight[group * dim : group * dim + value.shape[1]] = value.T
         for member in range(heads_per_group):
             head = group * heads_per_group + member
-            horizon = max(1, len(slots) * (member + 1) // heads_per_group)
-            reads = [code, *slots][:horizon]
-            query = sum(w * t @ s.T for w, t, s in zip(decay[:horizon], mixes[:horizon], reads, strict=True))
-            attention.q_proj.weight[slow + head * dim] = query
+            horizon = max(1, len(backs) * (member + 1) // heads_per_group)
+            grams = zip(weights[:horizon], mixes[:horizon], [code, *backs][:horizon], strict=True)
+            attention.q_proj.weight[slow + head * dim] = bags + sum(w * t @ s.T for w, t, s in grams)
             scale = spec.write * spec.embedding_norm / config.hidden_size**0.5 / heads_per_group
-            attention.o_proj.weight[:, head * dim : (head + 1) * dim] = scale * value
+            attention.o_proj.weight[:, head * dim : head * dim + value.shape[1]] = scale * value
     gain = (spec.match / dim**0.5) ** 0.5
     attention.q_norm.weight.fill_(gain)
     attention.k_norm.weight.fill_(gain)

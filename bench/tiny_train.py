@@ -42,8 +42,8 @@ class TrainPlan:
     tokens_per_step: int = 4096
     warmup: int = 20
     muon_lr: float = 0.015  # times sqrt(max(1, rows / columns))
-    adam_lr: float = 1e-3
-    circuit_rate: float = 0.1  # factor of muon_lr for the attention that starts as a circuit: full rate breaks it first
+    adam_lr: float = 5e-4
+    circuit_rate: float = 0.05  # factor of muon_lr for what the induction circuit runs through
     seed: int = 0
     lengths: tuple[tuple[int, float], ...] = ((512, 0.65), (1024, 0.35))  # row length, share of steps
     mimetic: bool = True
@@ -62,7 +62,7 @@ def new_model(vocab_size: int, *, seed: int, mimetic: bool = True) -> Any:
         hidden_size=256,
         intermediate_size=704,
         num_hidden_layers=6,
-        num_attention_heads=6,
+        num_attention_heads=8,
         num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=2048,
@@ -99,7 +99,7 @@ def _optimizers(model: Any, plan: TrainPlan) -> list[torch.optim.Optimizer]:
     for name, parameter in model.named_parameters():
         if parameter.ndim != 2 or "embed" in name:
             rest.append(parameter)
-        elif plan.mimetic and name.startswith(("model.layers.0.self_attn", "model.layers.1.self_attn")):
+        elif plan.mimetic and name.startswith(("model.layers.0.", "model.layers.1.self_attn")):
             circuit.append(parameter)
         else:
             hidden.append(parameter)
@@ -265,7 +265,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Optimizer steps of the full schedule.", min=1)] = 3000,
     seed: Annotated[int, typer.Option(help="Of the weights and of the data order.")] = 0,
     muon_lr: Annotated[float, typer.Option(help="Peak rate of the hidden matrices.")] = 0.015,
-    adam_lr: Annotated[float, typer.Option(help="Peak rate of the embedding and the norms.")] = 1e-3,
+    adam_lr: Annotated[float, typer.Option(help="Peak rate of the embedding and the norms.")] = 5e-4,
     plain_init: Annotated[bool, typer.Option(help="Start without the induction circuit, to compare.")] = False,
     max_minutes: Annotated[float, typer.Option(help="Decay in time to end about here.")] = 1e9,
     save_minutes: Annotated[float, typer.Option(help="Time between checkpoints.")] = 4.0,

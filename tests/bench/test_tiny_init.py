@@ -18,14 +18,14 @@ def small_model(mimetic: bool) -> Qwen3ForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=64,
         max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
     )
     model = Qwen3ForCausalLM(config).eval()
     if mimetic:
-        init_induction(model, seed=0, spec=CircuitSpec(code_dims=12, slow_pairs=8, look_back=32.0))
+        init_induction(model, seed=0, spec=CircuitSpec(code_dims=16))
     return model
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specdec.bench import tiny_train
 from specdec.bench.tiny_data import load_corpus, train_tokenizer
-from specdec.bench.tiny_train import TrainPlan, Trainer, export_model, new_model
+from specdec.bench.tiny_train import Trainer, TrainPlan, export_model, new_model
 from specdec.errors import ConfigError
 
 torch.set_num_threads(1)

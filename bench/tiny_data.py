@@ -184,7 +184,11 @@ class RowStream:
             (mixture.prose if corpus.prose else 0.0, lambda: self._text(corpus.prose, min(room, 512))),
         ]
         make = self._rng.choices([m for _, m in makers], [share for share, _ in makers])[0]
-        return make() or self._text(corpus.files, room)
+        piece = make()
+        if piece is None:  # nothing that fits: fill up with code, which counts only where plain code is wanted
+            ids, _ = self._text(corpus.files, room)
+            piece = ids, [1.0 if mixture.plain else 0.0] * len(ids)
+        return piece
 
     def rows(self, step: int, count: int, length: int, mixture: Mixture) -> tuple[IntArray, FloatArray]:
         """Return the packed rows of a step: token ids [count, length] int32, loss weights [count, length] float32."""

@@ -118,18 +118,18 @@ def _edits(model: Any, tokenizer: Any, tasks: Sequence[EditTask]) -> dict[str, A
     kinds = sorted({task.kind for task in tasks})
     return {
         "tasks": len(tasks),
-        "mean_prompt_tokens": round(statistics.mean(map(len, prompts)), 1),
-        "mean_answer_tokens": round(statistics.mean(map(len, references)), 1),
-        "exact_match": round(statistics.mean(exact), 4),
-        "line_accuracy": round(statistics.mean(lines), 4),
+        "mean_prompt_tokens": round(statistics.fmean(map(len, prompts)), 1),
+        "mean_answer_tokens": round(statistics.fmean(map(len, references)), 1),
+        "exact_match": round(statistics.fmean(exact), 4),
+        "line_accuracy": round(statistics.fmean(lines), 4),
         "line_accuracy_worst": round(min(lines), 4),
-        "ended_by_itself": round(statistics.mean(len(a) < limit for a, limit in zip(answers, limits, strict=True)), 4),
-        "distinct_4gram_ratio": round(statistics.mean(distinct_ngrams(a[:_CONTINUATION]) for a in answers), 4),
+        "ended_by_itself": round(statistics.fmean(len(a) < limit for a, limit in zip(answers, limits, strict=True)), 4),
+        "distinct_4gram_ratio": round(statistics.fmean(distinct_ngrams(a[:_CONTINUATION]) for a in answers), 4),
         "distinct_4gram_ratio_of_references": round(
-            statistics.mean(distinct_ngrams(r[:_CONTINUATION]) for r in references), 4
+            statistics.fmean(distinct_ngrams(r[:_CONTINUATION]) for r in references), 4
         ),
         "exact_match_by_kind": {
-            kind: round(statistics.mean(e for e, t in zip(exact, tasks, strict=True) if t.kind == kind), 4)
+            kind: round(statistics.fmean(e for e, t in zip(exact, tasks, strict=True) if t.kind == kind), 4)
             for kind in kinds
         },
     }
@@ -151,9 +151,9 @@ def _continuations(model: Any, tokenizer: Any, count: int, seed: int) -> dict[st
     return {
         "prompts": count,
         "prompt_tokens": 2 * _CONTINUATION,
-        "distinct_4gram_ratio": round(statistics.mean(ratios), 4),
-        "share_below_half": round(statistics.mean(r < 0.5 for r in ratios), 4),
-        "distinct_4gram_ratio_of_references": round(statistics.mean(map(distinct_ngrams, references)), 4),
+        "distinct_4gram_ratio": round(statistics.fmean(ratios), 4),
+        "share_below_half": round(statistics.fmean(r < 0.5 for r in ratios), 4),
+        "distinct_4gram_ratio_of_references": round(statistics.fmean(map(distinct_ngrams, references)), 4),
     }
 
 

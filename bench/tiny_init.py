@@ -127,10 +127,8 @@ def _match_layer(
         share = (config.hidden_size - used.shape[1]) // config.num_key_value_heads
         value = identity[:, group * share : group * share + min(dim, share)]
         attention.v_proj.weight[group * dim : group * dim + value.shape[1]] = value.T
-        for member in range(heads_per_group):
-            head = group * heads_per_group + member
-            horizon = max(1, len(backs) * (member + 1) // heads_per_group)
-            grams = zip(weights[:horizon], mixes[:horizon], [code, *backs][:horizon], strict=True)
+        for head in range(group * heads_per_group, (group + 1) * heads_per_group):
+            grams = zip(weights, mixes[: len(backs)], [code, *backs[:-1]], strict=True)
             attention.q_proj.weight[slow + head * dim] = bags + sum(w * t @ s.T for w, t, s in grams)
             scale = spec.write * spec.embedding_norm / config.hidden_size**0.5 / heads_per_group
             attention.o_proj.weight[:, head * dim : head * dim + value.shape[1]] = scale * value

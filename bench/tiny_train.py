@@ -42,8 +42,8 @@ class TrainPlan:
     tokens_per_step: int = 4096
     warmup: int = 20
     muon_lr: float = 0.015  # times sqrt(max(1, rows / columns))
-    adam_lr: float = 5e-4
-    circuit_rate: float = 0.05  # factor of muon_lr for what the induction circuit runs through
+    adam_lr: float = 2e-4
+    circuit_rate: float = 0.01  # factor of muon_lr for what the induction circuit runs through
     seed: int = 0
     lengths: tuple[tuple[int, float], ...] = ((512, 0.65), (1024, 0.35))  # row length, share of steps
     mimetic: bool = True
@@ -265,7 +265,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Optimizer steps of the full schedule.", min=1)] = 3000,
     seed: Annotated[int, typer.Option(help="Of the weights and of the data order.")] = 0,
     muon_lr: Annotated[float, typer.Option(help="Peak rate of the hidden matrices.")] = 0.015,
-    adam_lr: Annotated[float, typer.Option(help="Peak rate of the embedding and the norms.")] = 5e-4,
+    adam_lr: Annotated[float, typer.Option(help="Peak rate of the embedding and the norms.")] = 2e-4,
     plain_init: Annotated[bool, typer.Option(help="Start without the induction circuit, to compare.")] = False,
     max_minutes: Annotated[float, typer.Option(help="Decay in time to end about here.")] = 1e9,
     save_minutes: Annotated[float, typer.Option(help="Time between checkpoints.")] = 4.0,

@@ -19,7 +19,7 @@ from specdec.suffix_tree.index import SuffixIndex
 from specdec.suffix_tree.live import Live, LiveTable, as_tokens
 from specdec.suffix_tree.memory import Int32Array, Int64Array
 from specdec.suffix_tree.prior import Prior, load_prior
-from specdec.suffix_tree.steps import extend_batch, read_drafts, replay, speculate_batch, step_batch
+from specdec.suffix_tree.steps import extend_batch, read_drafts, replay, speculate_batch, step_batch, step_one
 
 __all__ = ["Drafts", "SuffixCache", "as_tokens"]
 
@@ -257,6 +257,26 @@ class SuffixCache:
         offsets = np.zeros(len(slots) + 1, np.int64)
         np.cumsum(counts + 1, out=offsets[1:])
         return Drafts(offsets, tokens, parents, values)
+
+    def advance(
+        self, request_id: Hashable, new_ids: Int32Array, *, budget: int, threshold: float, as_tree: bool
+    ) -> Live:
+        """``step`` for one request, with as little around the kernel as Python allows.
+
+        Returns:
+            The request: the first ``count`` lines of its ``draft`` are the nodes (token, parent with -1 for the root),
+            those of ``values`` their probabilities; valid until the next call for it.
+
+        Raises:
+            ValueError: the request is not live.
+        """
+        with self.lock:
+            live = self._live.get(request_id)
+            if live is None:
+                raise ValueError(f"request {request_id!r} is not active")
+            self._table.make_room((live,), (len(new_ids),))
+            live.count = step_one(live.row, new_ids, budget, threshold, as_tree)
+            return live
 
     def match_length(self, request_id: Hashable) -> int:
         """Longest match that the last ``speculate`` of a request found, in tokens."""

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from specdec.suffix_tree import _layout as at
 from specdec.suffix_tree.index import SuffixIndex
@@ -36,6 +37,10 @@ class Live:
     links: Int32Array
     heads: Int32Array
     record: Int32Array
+    draft: Int32Array  # [MAX_DRAFT, RECORD_WIDTH]: the record's nodes
+    values: npt.NDArray[np.float32]  # [MAX_DRAFT]
+    row: Int64Array  # of the table
+    count: int = 0  # nodes of the draft that `SuffixCache.advance` made last
 
 
 def as_tokens(token_ids: Sequence[int] | Int32Array) -> Int32Array:
@@ -63,6 +68,7 @@ class LiveTable:
     def __init__(self) -> None:
         self.rows = np.zeros((_FIRST_SLOTS, at.ROW_SLOTS), np.int64)
         self._free_slots = list(range(_FIRST_SLOTS))[::-1]
+        self._lives: dict[int, Live] = {}
         self._scratch = np.zeros(at.SCRATCH_SIZE, np.int32)
 
     def add(self, tenant: str, index: SuffixIndex, shared: SuffixIndex | None, prompt: Int32Array, number: int) -> Live:
@@ -71,12 +77,18 @@ class LiveTable:
             slots = len(self.rows)
             self.rows = np.concatenate([self.rows, np.zeros_like(self.rows)])
             self._free_slots = list(range(slots, 2 * slots))[::-1]
+            for other in self._lives.values():
+                other.row = self.rows[other.slot]
         capacity = len(prompt) + (len(prompt) >> 2) + 256
         num_buckets = 1 << max(8, capacity.bit_length() - 1)
-        live = Live(
-            self._free_slots.pop(), tenant, index, None, capacity - len(prompt),
+        slot = self._free_slots.pop()
+        record = np.empty(at.RECORD_SIZE, np.int32)
+        live = self._lives[slot] = Live(
+            slot, tenant, index, None, capacity - len(prompt),
             np.empty(capacity + 2, np.int32), np.empty((capacity + 2) * at.NUM_ORDERS, np.int32),
-            np.zeros(num_buckets * at.NUM_ORDERS, np.int32), np.empty(at.RECORD_SIZE, np.int32),
+            np.zeros(num_buckets * at.NUM_ORDERS, np.int32), record,
+            record[: at.D_VALUES].reshape(at.MAX_DRAFT, at.RECORD_WIDTH),
+            record[at.D_VALUES :].view(np.float32), self.rows[slot],
         )  # fmt: skip
         live.tokens[0] = _START_TOKEN
         live.tokens[1] = at.WIPED
@@ -117,6 +129,7 @@ class LiveTable:
 
     def release(self, live: Live) -> None:
         """Take a row back; the buffers go with the last reference to ``live``."""
+        del self._lives[live.slot]
         self.rows[live.slot] = 0
         self._free_slots.append(live.slot)
 

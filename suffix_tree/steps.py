@@ -21,7 +21,7 @@ from specdec.suffix_tree.matching import advance_pins
 from specdec.suffix_tree.memory import Int32Array, Int64Array, float32_at, int32_at, int64_at, kernel
 from specdec.suffix_tree.paged import append_tokens, begin_cached
 
-__all__ = ["begin_request", "extend_batch", "read_drafts", "replay", "speculate_batch", "step_batch"]
+__all__ = ["begin_request", "extend_batch", "read_drafts", "replay", "speculate_batch", "step_batch", "step_one"]
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -105,6 +105,14 @@ def step_batch(
         counts[i] = _draft(row, budgets[i], threshold, as_tree)
         total += counts[i]
     return total
+
+
+@kernel
+def step_one(row: Int64Array, new: Int32Array, budget: int, threshold: float, as_tree: bool) -> int:
+    """``step_batch`` for one request: few arguments, as each costs time in a call. Returns the number of nodes."""
+    if new.shape[0] > 0:
+        _extend(row, new, 0, new.shape[0])
+    return _draft(row, budget, threshold, as_tree)
 
 
 @kernel

@@ -13,7 +13,9 @@ import typer
 
 from specdec import __version__
 from specdec.commands import printing
+from specdec.commands.bench import bench
 from specdec.commands.check import check
+from specdec.commands.corpus import corpus
 from specdec.commands.doctor import doctor
 from specdec.commands.generate import generate
 from specdec.errors import InternalError, SpecdecError
@@ -50,6 +52,8 @@ def _root(
 app.command()(generate)
 app.command()(check)
 app.command()(doctor)
+app.command()(bench)
+app.add_typer(corpus)
 
 
 def main() -> None:

@@ -1,0 +1,222 @@
+"""The simulation from trace files to a result, and the result as tables."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specdec.bench import simulate, simulate_speed
+from specdec.bench.peers import arctic_cache
+from specdec.bench.prior import take_tokens
+from specdec.bench.traces import Encode, TokenCall, read_calls, tokenize_calls
+from specdec.errors import LoadError
+
+__all__ = ["PARTS", "as_text", "load_encoder", "load_sources", "run_simulation"]
+
+PARTS = ("quality", "reference", "host", "prompt", "scaling")
+_HOST_CALLS = 6  # calls per source in the timings
+_HOST_PROMPT = 8_000
+
+
+def load_encoder(name: str) -> Encode:
+    """Text to token ids with a ``tokenizer.json``, or with a tokenizer directory or hub name.
+
+    Raises:
+        LoadError: there is no such tokenizer.
+    """
+    path = Path(name)
+    if path.is_dir() and (path / "tokenizer.json").exists():
+        path = path / "tokenizer.json"
+    try:
+        if path.is_file():
+            from tokenizers import Tokenizer
+
+            fast = Tokenizer.from_file(str(path))
+            return lambda text: fast.encode(text, add_special_tokens=False).ids
+        from transformers import AutoTokenizer
+
+        slow = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise LoadError(f"cannot load the tokenizer {name!r}: {error}") from error
+    return lambda text: slow.encode(text, add_special_tokens=False)
+
+
+def load_sources(
+    paths: Sequence[Path], encode: Encode, *, max_response_tokens: int, max_prompt_tokens: int
+) -> dict[str, list[TokenCall]]:
+    """Calls by source, a source being a file."""
+    sources: dict[str, list[TokenCall]] = {}
+    for path in paths:
+        calls = tokenize_calls(read_calls(path), encode, max_prompt=max_prompt_tokens)
+        sources[path.name.split(".")[0]] = take_tokens(calls, max_response_tokens)
+    return sources
+
+
+def _peer_error(wanted: bool) -> str | None:
+    if not wanted:
+        return "not asked for"
+    try:
+        arctic_cache()
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def run_simulation(
+    paths: Sequence[Path],
+    tokenizer: str,
+    *,
+    parts: Sequence[str],
+    max_response_tokens: int,
+    max_prompt_tokens: int,
+    passes: int,
+    with_peer: bool,
+    on_progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Everything asked for, as one result that JSON can hold."""
+    encode = load_encoder(tokenizer)
+    on_progress("reading traces")
+    sources = load_sources(paths, encode, max_response_tokens=max_response_tokens, max_prompt_tokens=max_prompt_tokens)
+    missing = _peer_error(with_peer)
+    result: dict[str, Any] = {
+        "mode": "simulate",
+        "tokenizer": Path(tokenizer).name,
+        "max_response_tokens": max_response_tokens,
+        "max_prompt_tokens": max_prompt_tokens,
+        "peer": "arctic-inference" if missing is None else f"left out: {missing}",
+        "sources": {
+            name: {
+                "calls": len(calls),
+                "prompt_tokens": sum(len(call.prompt_ids) for call in calls),
+                "response_tokens": sum(len(call.response_ids) for call in calls),
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            }
+            for path, (name, calls) in zip(paths, sources.items(), strict=True)
+        },
+    }
+    if "quality" in parts or "reference" in parts:
+        result["quality"] = _quality(sources, parts, missing is None, on_progress)
+    calls = [call for source in sources.values() for call in _shortened(source[:_HOST_CALLS])]
+    if "host" in parts:
+        on_progress("host time per request-step")
+        wide = [call for source in sources.values() for call in _shortened(source[: 4 * _HOST_CALLS])]
+        result["host"] = {
+            **simulate_speed.host_time(calls, [1], passes=passes, with_peer=missing is None),
+            **simulate_speed.host_time(wide, [32, 128], passes=passes, with_peer=missing is None),
+        }
+    text = np.concatenate([ids for source in sources.values() for call in source for ids in (call.response_ids,)])
+    if "prompt" in parts:
+        on_progress("a prompt of 128 thousand tokens")
+        long = np.resize(text, 128_000).astype(np.int32)
+        result["prompt"] = simulate_speed.long_prompt(long, passes=passes, with_peer=missing is None)
+    if "scaling" in parts:
+        on_progress("caches from 0.25 to 4 million tokens")
+        prompts = np.concatenate([text, *(call.prompt_ids for source in sources.values() for call in source[::7])])
+        sizes = [size for size in (250_000, 1_000_000, 4_000_000) if size <= len(prompts)]
+        result["scaling"] = simulate_speed.cache_scaling(prompts, sizes, with_peer=missing is None)
+    return result
+
+
+def _shortened(calls: Sequence[TokenCall]) -> list[TokenCall]:
+    return [
+        TokenCall(call.trace, np.ascontiguousarray(call.prompt_ids[-_HOST_PROMPT:]), call.response_ids)
+        for call in calls
+    ]
+
+
+def _quality(
+    sources: Mapping[str, Sequence[TokenCall]], parts: Sequence[str], has_peer: bool, on_progress: Callable[[str], None]
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    runs: dict[bool, list[tuple[float, simulate.Counts]]] = {}
+    for setting in simulate.SETTINGS:
+        bases: dict[str, simulate.Counts] = {}
+        if has_peer and "quality" in parts:
+            on_progress(f"arctic-inference, {setting.name}")
+            bases["arctic-inference"] = simulate.run_peer(sources, setting)
+        if "reference" in parts or not has_peer:
+            on_progress(f"SuffixDecoding reference, {setting.name}")
+            bases["SuffixDecoding reference"] = simulate.run_reference(sources, setting)
+        if setting.as_tree not in runs:
+            runs[setting.as_tree] = simulate.frontier(
+                sources,
+                as_tree=setting.as_tree,
+                on_run=lambda threshold, name=setting.name: on_progress(f"ours, {name}, {threshold}"),  # type: ignore[misc]
+            )
+        for name, base in bases.items():
+            found.setdefault(setting.name, {})[name] = simulate.compare(sources, base, runs[setting.as_tree])
+    return found
+
+
+def as_text(result: Mapping[str, Any]) -> str:
+    """The result as Markdown tables."""
+    lines: list[str] = []
+    for setting, bases in result.get("quality", {}).items():
+        for base, found in bases.items():
+            lines += [
+                f"### {setting}: against {base}", "",
+                "| calls | drafted/step | accepted/step | ours, at as many drafted | gain |", "|---|---|---|---|---|",
+            ]  # fmt: skip
+            rows = {**{key: found[key] for key in ("all", "tuned half", "held-out half")}, **found["sources"]}
+            lines += [_quality_row(name, row) for name, row in rows.items()]
+            lines.append("")
+    for part in ("host", "prompt", "scaling"):
+        if part in result:
+            lines += _PRINTERS[part](result[part])
+    return "\n".join(lines)
+
+
+def _quality_row(name: str, row: Mapping[str, Any]) -> str:
+    mark = " (ours drafts less)" if "out_of_range" in row else ""
+    return (
+        f"| {name} | {row['drafted_per_step']:.2f} | {row['accepted_per_step']:.3f} "
+        f"| {row['ours_accepted_per_step']:.3f}{mark} | {row['gain_percent']:+.1f} % |"
+    )
+
+
+def _ratio(row: Mapping[str, float], key: str = "") -> str:
+    ours, peer = row.get(f"ours{key}"), row.get(f"arctic{key}")
+    return f"{peer / ours:.1f}" if ours and peer else ""
+
+
+def _host_lines(host: Mapping[str, Any]) -> list[str]:
+    lines = ["### Host time per request-step: extend, speculate, finish", ""]
+    lines += ["| concurrent requests | arctic-inference us | ours us | times less |", "|---|---|---|---|"]
+    for width in ("1", "32", "128"):
+        row = host[width]
+        lines.append(f"| {width} | {row.get('arctic', float('nan')):.1f} | {row['ours']:.2f} | {_ratio(row)} |")
+    row = host["1"]
+    lines += ["", f"Prompt: {row.get('arctic prompt', float('nan')):.3f} us a token against {row['ours prompt']:.4f}, "
+              f"{_ratio(row, ' prompt')} times less.", ""]  # fmt: skip
+    return lines
+
+
+def _prompt_lines(prompt: Mapping[str, Any]) -> list[str]:
+    lines = [f"### A prompt of {prompt['tokens']} tokens", ""]
+    lines += ["| | start ms | longest stall ms | stop ms | longest stall ms |", "|---|---|---|---|---|"]
+    for name in ("arctic", "ours"):
+        if name in prompt:
+            lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in prompt[name].values()) + " |")
+    return [*lines, ""]
+
+
+def _scaling_lines(scaling: Mapping[str, Any]) -> list[str]:
+    lines = ["### Cache size", ""]
+    lines += [
+        "| cached tokens | | insert us/token | speculate us | bytes/token | evict ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ("arctic", "ours"):
+        for row in scaling[name]:
+            values = [f"{value:.4g}" for key, value in row.items() if key != "cached_tokens"]
+            lines.append(f"| {row['cached_tokens']} | {name} | " + " | ".join(values) + " |")
+    return [*lines, ""]
+
+
+_PRINTERS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
+    "host": _host_lines, "prompt": _prompt_lines, "scaling": _scaling_lines,
+}  # fmt: skip

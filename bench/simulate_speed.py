@@ -1,0 +1,311 @@
+"""What drafting costs on the host: time per request-step, prompts, stalls, memory, eviction, growth.
+
+Both arms run in one process, alternating; the least of several passes counts, as other work on the machine only adds.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from specdec.bench.peers import arctic_cache
+from specdec.bench.traces import IntArray, TokenCall
+from specdec.suffix_tree.cache import SuffixCache
+
+__all__ = ["cache_scaling", "host_time", "long_prompt"]
+
+_THRESHOLD = 0.17  # drafts about as many tokens as the peer at its defaults
+
+
+def _ours_one(calls: Sequence[TokenCall], width: int = 1) -> tuple[float, int, float]:
+    """Seconds in the drafter, steps, seconds in prompts; one request at a time."""
+    cache = SuffixCache(max_bytes=1 << 28)
+    clock, spent, steps, prompts = time.perf_counter, 0.0, 0, 0.0
+    empty = np.empty(0, np.int32)
+    for number, call in enumerate(calls):
+        begin = clock()
+        cache.start(number, call.prompt_ids)
+        prompts += clock() - begin
+        response, at, new = call.response_ids, 0, empty
+        truth = response.tolist()
+        while at < len(truth):
+            begin = clock()
+            live = cache.advance(number, new, budget=64, threshold=_THRESHOLD, as_tree=False)
+            draft = live.draft[: live.count, 0].tolist()
+            spent += clock() - begin
+            right = _matching(draft, truth, at)
+            stop = min(at + right + 1, len(truth))
+            new, at, steps = response[at:stop], stop, steps + 1
+        begin = clock()
+        cache.extend([number], [new])
+        cache.finish(number)
+        spent += clock() - begin
+    return spent, steps, prompts
+
+
+def _matching(draft: list[int], truth: list[int], at: int) -> int:
+    right = 0
+    while right < len(draft) and at + right < len(truth) and draft[right] == truth[at + right]:
+        right += 1
+    return right
+
+
+def _arctic_one(calls: Sequence[TokenCall], width: int = 1, depth: int = 64) -> tuple[float, int, float]:
+    cache = arctic_cache(depth)
+    clock, spent, steps, prompts = time.perf_counter, 0.0, 0, 0.0
+    for number, call in enumerate(calls):
+        begin = clock()
+        cache.start_request(number, call.prompt_ids)
+        prompts += clock() - begin
+        text = np.concatenate([call.prompt_ids, call.response_ids])
+        truth, start, at = call.response_ids.tolist(), len(call.prompt_ids), 0
+        while at < len(truth):
+            context = text[max(0, start + at - depth) : start + at]
+            begin = clock()
+            draft = cache.speculate(number, context, max_spec_tokens=depth).token_ids
+            spent += clock() - begin
+            stop = min(at + _matching(draft, truth, at) + 1, len(truth))
+            begin = clock()
+            cache.add_active_response(number, call.response_ids[at:stop])
+            spent += clock() - begin
+            at, steps = stop, steps + 1
+        begin = clock()
+        cache.stop_request(number)
+        spent += clock() - begin
+    return spent, steps, prompts
+
+
+class _Lane:
+    """One of many concurrent requests: what it has said so far."""
+
+    __slots__ = ("at", "number", "response", "text", "truth")
+
+    def __init__(self, number: int, call: TokenCall) -> None:
+        self.number, self.response, self.at = number, call.response_ids, 0
+        self.truth = call.response_ids.tolist()
+        self.text = np.concatenate([call.prompt_ids, call.response_ids])
+
+
+def _run_lanes(
+    calls: Sequence[TokenCall],
+    width: int,
+    start: Callable[[int, IntArray], None],
+    step: Callable[[list[_Lane], list[IntArray]], tuple[float, list[list[int]]]],
+    stop: Callable[[_Lane, IntArray], float],
+) -> tuple[float, int, float]:
+    """Keep ``width`` requests going until fewer are left; seconds in the drafter and request-steps."""
+    queue = list(enumerate(calls))[::-1]
+    lanes: list[_Lane] = []
+    new: list[IntArray] = []
+    spent, steps = 0.0, 0
+    while queue or lanes:
+        while queue and len(lanes) < width:
+            number, call = queue.pop()
+            start(number, call.prompt_ids)
+            lanes.append(_Lane(number, call))
+            new.append(np.empty(0, np.int32))
+        seconds, drafts = step(lanes, new)
+        if len(lanes) == width:  # the tail with fewer requests is not counted
+            spent, steps = spent + seconds, steps + len(lanes)
+        going, left = [], []
+        for lane, draft in zip(lanes, drafts, strict=True):
+            end = min(lane.at + _matching(draft, lane.truth, lane.at) + 1, len(lane.truth))
+            ids = lane.response[lane.at : end]
+            lane.at = end
+            if end < len(lane.truth):
+                going.append(lane)
+                left.append(ids)
+            else:
+                spent += stop(lane, ids)
+        lanes, new = going, left
+    return spent, steps, 0.0
+
+
+def _ours_many(calls: Sequence[TokenCall], width: int) -> tuple[float, int, float]:
+    cache = SuffixCache(max_bytes=1 << 28)
+    clock = time.perf_counter
+
+    def step(lanes: list[_Lane], new: list[IntArray]) -> tuple[float, list[list[int]]]:
+        begin = clock()
+        ids = [lane.number for lane in lanes]
+        got = cache.step(ids, new, [64] * len(ids), threshold=_THRESHOLD, as_tree=False)
+        tokens, offsets = got.token_ids.tolist(), got.offsets.tolist()
+        drafts = [tokens[a + 1 : b] for a, b in zip(offsets, offsets[1:], strict=False)]
+        return clock() - begin, drafts
+
+    def stop(lane: _Lane, ids: IntArray) -> float:
+        begin = clock()
+        cache.extend([lane.number], [ids])
+        cache.finish(lane.number)
+        return clock() - begin
+
+    return _run_lanes(calls, width, lambda n, prompt: cache.start(n, prompt), step, stop)
+
+
+def _arctic_many(calls: Sequence[TokenCall], width: int) -> tuple[float, int, float]:
+    cache = arctic_cache()
+    clock = time.perf_counter
+
+    def step(lanes: list[_Lane], new: list[IntArray]) -> tuple[float, list[list[int]]]:
+        spent, drafts = 0.0, []
+        for lane, ids in zip(lanes, new, strict=True):
+            end = len(lane.text) - len(lane.truth) + lane.at
+            context = lane.text[max(0, end - 64) : end]
+            begin = clock()
+            if len(ids):
+                cache.add_active_response(lane.number, ids)
+            drafts.append(cache.speculate(lane.number, context, max_spec_tokens=64).token_ids)
+            spent += clock() - begin
+        return spent, drafts
+
+    def stop(lane: _Lane, ids: IntArray) -> float:
+        begin = clock()
+        cache.add_active_response(lane.number, ids)
+        cache.stop_request(lane.number)
+        return clock() - begin
+
+    return _run_lanes(calls, width, cache.start_request, step, stop)
+
+
+def host_time(calls: Sequence[TokenCall], widths: Sequence[int], *, passes: int, with_peer: bool) -> dict[str, Any]:
+    """Microseconds per request-step (extend, speculate, finish) and per prompt token, least of ``passes`` passes."""
+    prompt_tokens = sum(len(call.prompt_ids) for call in calls)
+    result: dict[str, Any] = {"prompt_tokens": prompt_tokens, "passes": passes}
+    for width in widths:
+        seen: dict[str, list[float]] = {}
+        for _ in range(passes):
+            arms = {"ours": _ours_one if width == 1 else _ours_many}
+            if with_peer:
+                arms["arctic"] = _arctic_one if width == 1 else _arctic_many
+            for name, arm in arms.items():
+                gc.collect()
+                got = arm(calls, width)
+                seen.setdefault(name, []).append(1e6 * got[0] / got[1])
+                if width == 1:
+                    seen.setdefault(f"{name} prompt", []).append(1e6 * got[2] / prompt_tokens)
+        result[str(width)] = {name: min(values) for name, values in seen.items()}
+    return result
+
+
+def _stall(work: Callable[[], None]) -> tuple[float, float]:
+    """Run ``work`` in this thread; its milliseconds and the longest pause of another thread meanwhile."""
+    longest, running = [0.0], [True]
+
+    def watch() -> None:
+        last = time.perf_counter()
+        while running[0]:
+            now = time.perf_counter()
+            longest[0] = max(longest[0], now - last)
+            last = now
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    time.sleep(0.02)
+    longest[0] = 0.0
+    begin = time.perf_counter()
+    work()
+    spent = time.perf_counter() - begin
+    running[0] = False
+    thread.join()
+    return 1e3 * spent, 1e3 * longest[0]
+
+
+def long_prompt(text: IntArray, *, passes: int, with_peer: bool) -> dict[str, Any]:
+    """A prompt of ``len(text)`` tokens: milliseconds of its insertion and removal, and what other threads feel."""
+    result: dict[str, dict[str, float]] = {}
+    for _ in range(passes):
+        ours = SuffixCache()
+        arms: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
+            "ours": (lambda c=ours: c.start(1, text), lambda c=ours: c.finish(1))  # type: ignore[misc]
+        }
+        if with_peer:
+            peer = arctic_cache()
+            arms["arctic"] = (lambda c=peer: c.start_request(1, text), lambda c=peer: c.stop_request(1))  # type: ignore[misc]
+        for name, (start, stop) in arms.items():
+            values = [*_stall(start), *_stall(stop)]
+            old = result.get(name)
+            best = values if old is None else [min(a, b) for a, b in zip(values, old.values(), strict=True)]
+            result[name] = dict(zip(("start_ms", "start_stall_ms", "stop_ms", "stop_stall_ms"), best, strict=True))
+    return {"tokens": len(text), **result}
+
+
+def cache_scaling(text: IntArray, sizes: Sequence[int], *, response: int = 1500, with_peer: bool) -> dict[str, Any]:
+    """Fill a cache with responses of ``response`` tokens: cost of insertion, look-up, eviction and memory by size."""
+    result: dict[str, Any] = {"ours": [], "arctic": []}
+    ours = SuffixCache(max_bytes=1 << 30)
+    peer = arctic_cache() if with_peer else None
+    held = 0
+    for size in sizes:
+        pieces = [text[at : at + response] for at in range(held, size, response)]
+        result["ours"].append(_fill_ours(ours, pieces, held, text))
+        if peer is not None:
+            result["arctic"].append(_fill_arctic(peer, pieces, held, text))
+        held = size
+    return result
+
+
+def _fill_ours(cache: SuffixCache, pieces: list[IntArray], held: int, text: IntArray) -> dict[str, float]:
+    clock = time.perf_counter
+    times = []
+    for n, piece in enumerate(pieces):
+        begin = clock()
+        cache.insert(held + n, piece)
+        times.append((clock() - begin) / len(piece))
+    index = cache.index("")
+    probes = text[: held + sum(map(len, pieces))]
+    spans = np.linspace(0, len(probes) - 400, 400).astype(int)
+    looks = []
+    for n, at in enumerate(spans.tolist()):
+        cache.start(("probe", n), probes[at : at + 100], caching=False)
+        begin = clock()
+        cache.advance(("probe", n), np.empty(0, np.int32), budget=64, threshold=_THRESHOLD, as_tree=False)
+        looks.append(clock() - begin)
+        cache.finish(("probe", n))
+    nbytes, tokens = index.nbytes, index.num_tokens
+    evicted = list(index.responses)[:100]
+    begin = clock()
+    for key in evicted:
+        cache.forget(key)
+    spent = clock() - begin
+    return {
+        "cached_tokens": tokens, "insert_us_per_token": 1e6 * float(np.median(times)),
+        "speculate_us_p50": 1e6 * float(np.median(looks)), "bytes_per_token": nbytes / tokens,
+        "evict_ms_per_response": 1e3 * spent / len(evicted),
+    }  # fmt: skip
+
+
+def _fill_arctic(cache: Any, pieces: list[IntArray], held: int, text: IntArray) -> dict[str, float]:
+    clock = time.perf_counter
+    times = []
+    for n, piece in enumerate(pieces):
+        cache.start_request(held + n, [])
+        begin = clock()
+        cache.add_active_response(held + n, piece)
+        times.append((clock() - begin) / len(piece))
+        cache.stop_request(held + n)
+    probes = text[: held + sum(map(len, pieces))]
+    looks = []
+    for at in np.linspace(0, len(probes) - 400, 400).astype(int).tolist():
+        cache.start_request("probe", probes[at : at + 100])
+        begin = clock()
+        cache.speculate("probe", probes[at + 36 : at + 100], max_spec_tokens=64)
+        looks.append(clock() - begin)
+        cache.stop_request("probe")
+        cache.evict_cached_response("probe")
+    tokens = len(probes)
+    nbytes = cache._global_tree.estimate_memory()
+    evicted = [key for key in list(cache.cached_requests)[:100] if key != "probe"]
+    begin = clock()
+    for key in evicted:
+        cache.evict_cached_response(key)
+    spent = clock() - begin
+    return {
+        "cached_tokens": tokens, "insert_us_per_token": 1e6 * float(np.median(times)),
+        "speculate_us_p50": 1e6 * float(np.median(looks)), "bytes_per_token": nbytes / tokens,
+        "evict_ms_per_response": 1e3 * spent / len(evicted),
+    }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from specdec.build import build_target, model_max_length
 from specdec.config import EngineConfig
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["examine", "refused_report"]
+
+_FEWEST_ROUNDS: Final = 5  # the median of fewer follows every disturbance
 
 
 def examine(
@@ -155,4 +157,7 @@ def _measure(
             )
     except (UnsupportedError, MemoryError) as error:
         return None, Problem("probe", "warning", f"steps could not be measured: {error}")
+    if costs.num_rounds < _FEWEST_ROUNDS:
+        rounds = f"the costs rest on {costs.num_rounds} rounds only, so a busy machine distorts them: give more seconds"
+        return costs, Problem("probe", "note", rounds)
     return costs, None

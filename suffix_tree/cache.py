@@ -9,39 +9,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from specdec.suffix_tree import _layout as at
+from specdec.suffix_tree.drafts import Drafts, read_batch
 from specdec.suffix_tree.index import SuffixIndex
 from specdec.suffix_tree.live import Live, LiveTable, as_tokens
 from specdec.suffix_tree.memory import Int32Array, Int64Array
 from specdec.suffix_tree.prior import Prior, load_prior
-from specdec.suffix_tree.steps import extend_batch, read_drafts, replay, speculate_batch, step_batch, step_one
+from specdec.suffix_tree.steps import extend_batch, replay, speculate_batch, step_batch, step_one
 
 __all__ = ["Drafts", "SuffixCache", "as_tokens"]
 
 _CHUNK = 1 << 14  # tokens inserted while the lock is held
 _DEFAULT_BYTES = 256 << 20
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Drafts:
-    """The drafts of a batch, one after the other, each with a root in front (token 0, parent -1, value 1).
-
-    Args:
-        offsets: [R + 1] int64: draft r is ``[offsets[r], offsets[r + 1])`` of the arrays below.
-        token_ids: [T] int32.
-        parents: [T] int32, counted from the draft's own root.
-        values: [T] float32: calibrated probability that the path to the node is accepted.
-    """
-
-    offsets: Int64Array
-    token_ids: Int32Array
-    parents: Int32Array
-    values: npt.NDArray[np.float32]
 
 
 class SuffixCache:
@@ -229,7 +211,7 @@ class SuffixCache:
             counts = np.empty(len(slots), np.int64)
             wanted = np.array(budgets, np.int64)
             total = speculate_batch(self._table.rows, slots, wanted, float(threshold), bool(as_tree), counts)
-            return self._read(slots, counts, total)
+            return read_batch(self._table.rows, slots, counts, total)
 
     def step(
         self,
@@ -248,15 +230,7 @@ class SuffixCache:
             counts = np.empty(len(slots), np.int64)
             wanted = np.array(budgets, np.int64)
             total = step_batch(self._table.rows, slots, flat, offsets, wanted, float(threshold), bool(as_tree), counts)
-            return self._read(slots, counts, total)
-
-    def _read(self, slots: Int64Array, counts: Int64Array, total: int) -> Drafts:
-        size = total + len(slots)
-        tokens, parents, values = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.float32)
-        read_drafts(self._table.rows, slots, tokens, parents, values)
-        offsets = np.zeros(len(slots) + 1, np.int64)
-        np.cumsum(counts + 1, out=offsets[1:])
-        return Drafts(offsets, tokens, parents, values)
+            return read_batch(self._table.rows, slots, counts, total)
 
     def advance(
         self, request_id: Hashable, new_ids: Int32Array, *, budget: int, threshold: float, as_tree: bool

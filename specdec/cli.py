@@ -16,6 +16,7 @@ from specdec.commands import printing
 from specdec.commands.bench import bench
 from specdec.commands.check import check
 from specdec.commands.corpus import corpus
+from specdec.commands.demo import demo
 from specdec.commands.doctor import doctor
 from specdec.commands.generate import generate
 from specdec.errors import InternalError, SpecdecError
@@ -50,6 +51,7 @@ def _root(
 
 
 app.command()(generate)
+app.command()(demo)
 app.command()(check)
 app.command()(doctor)
 app.command()(bench)

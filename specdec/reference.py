@@ -26,6 +26,8 @@ __all__ = ["Reference", "Transcript", "relative_errors", "rounding", "scripted_i
 _ROUNDING = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _ROUNDING_FLOAT32 = 1e-4
 _NOISE_FACTOR = 8  # the noise is seen on one pair of forwards, the test takes the worst node of many
+_LARGEST_TOLERANCE = 0.2  # a model noisier than this cannot be told from a mistake
+_NUM_ROUNDS = 3  # in low precision a router's near-tie hits a random node, a mistake hits the same one in each round
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,57 +73,55 @@ class Reference:
 
     Args:
         row: runs ordinary forwards.
-        noise: relative error between rows of a forward and of a shorter one: the model's own rounding.
+        noise: relative error between rows of two ordinary forwards that share their first tokens: its own rounding.
         is_causal: a token's logits do not depend on the tokens after it.
-        transcripts: what its ``generate`` does with two prompts.
-        generate_error: largest relative error between the transcripts' logits and ordinary forwards.
+        generate_error: largest relative error between the logits that ``generate`` uses and ordinary forwards.
     """
 
     row: RowForward
     noise: float
     is_causal: bool
-    transcripts: tuple[Transcript, Transcript]
     generate_error: float
 
     @classmethod
-    def of(cls, model: Any, row: RowForward, vocab_size: int) -> Reference:
-        """Learn all of it from a few short forwards."""
-        token_ids = scripted_ids(vocab_size, 24, salt=9)
-        long, _ = row(token_ids, first_row=0)
-        short, _ = row(token_ids[:17], first_row=0)
-        noise = float(relative_errors(long[:17], short).max())
-        is_causal = noise <= 10 * rounding(row.dtype)
-        transcripts = (
-            Transcript.of(model, row.device, token_ids[:12], 3),
-            Transcript.of(model, row.device, token_ids[12:19], 3),
-        )
-        error = max(float(_transcript_errors(row, transcript, is_causal).max()) for transcript in transcripts)
-        return cls(row, noise if is_causal else 0.0, is_causal, transcripts, error)
+    def of(cls, row: RowForward, vocab_size: int) -> Reference:
+        """Learn all of it from two tokens of ``generate`` and two ordinary forwards.
+
+        Raises:
+            UnsupportedError: its ``generate`` does not return the prompt and its continuation.
+        """
+        low = row.dtype in _ROUNDING
+        noise, error = 0.0, torch.full((2,), torch.inf)
+        is_causal = True
+        for salt in range(_NUM_ROUNDS if low else 1):
+            token_ids = scripted_ids(vocab_size, 24, salt=9 + salt)
+            transcript = Transcript.of(row.model, row.device, token_ids[:17], 2)
+            once, _ = row(transcript.token_ids[:18], first_row=0)
+            other, _ = row(token_ids, first_row=0)
+            shared = relative_errors(other[:17], once[:17])
+            # A router's near-tie in low precision makes single rows jump; a model that looks ahead moves most of them.
+            noise = float(shared.quantile(0.75) if low else shared.max())
+            is_causal = noise <= 10 * rounding(row.dtype)
+            first = once[16:17] if is_causal else row(token_ids[:17], first_row=16)[0]
+            error = torch.minimum(error, relative_errors(transcript.logits, torch.cat((first, once[17:18]))).cpu())
+            if float(error.max()) <= rounding(row.dtype):
+                break
+        return cls(row, noise if is_causal else 0.0, is_causal, float(error.max()))
 
     @property
     def tolerance(self) -> float:
         """Largest relative error that is rounding."""
-        return max(rounding(self.row.dtype), _NOISE_FACTOR * self.noise)
+        return min(max(rounding(self.row.dtype), _NOISE_FACTOR * self.noise), _LARGEST_TOLERANCE)
 
     @property
-    def is_low_precision(self) -> bool:
-        """True if the model computes in 16 bits or less."""
-        return self.row.dtype in _ROUNDING
+    def num_rounds(self) -> int:
+        """How often a test may be run before the nodes that failed each time count as wrong."""
+        return _NUM_ROUNDS if self.row.dtype in _ROUNDING else 1
 
     @property
     def generates_ordinarily(self) -> bool:
         """True if ``generate`` computes what ordinary forwards compute."""
         return self.generate_error <= self.tolerance
-
-
-def _transcript_errors(row: RowForward, transcript: Transcript, is_causal: bool) -> torch.Tensor:
-    """[n] relative error of each logits row of a transcript against ordinary forwards: one of them, if causal."""
-    first, last = transcript.num_prompt_tokens, len(transcript.token_ids)
-    if is_causal:
-        expected, _ = row(transcript.token_ids[: last - 1], first_row=first - 1)
-    else:
-        expected = torch.cat([row(transcript.token_ids[:end], first_row=end - 1)[0] for end in range(first, last)])
-    return relative_errors(transcript.logits, expected)
 
 
 def rounding(dtype: torch.dtype) -> float:

@@ -102,7 +102,7 @@ def choose_route(
     if not self_test:
         return Route("tree", (), calls) if tree_problem is None else Route("chain", (f"tree: {tree_problem}",), calls)
     try:
-        reference = Reference.of(model, RowForward(model), vocab_size_of(model))
+        reference = Reference.of(RowForward(model), vocab_size_of(model))
     except Exception as error:  # noqa: BLE001  -- a model that cannot do this cannot be served, whatever it raised
         why = f"{type(model).__name__} cannot generate from text alone: {type(error).__name__}: {error}"
         return Route("refused", (why,), calls)

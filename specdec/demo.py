@@ -129,7 +129,7 @@ def _run_edit(
     encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
     prompt = np.asarray(encoded["input_ids"], dtype=np.int32)
     room = int(model.config.get_text_config().max_position_embeddings) - len(prompt)
-    limit = min(room, 2 * len(tokenizer.encode(task.answer)) + 16)
+    limit = min(room, len(tokenizer.encode(task.answer)) * 5 // 4 + 16)  # an answer that runs on is cut
     sampling = SamplingParams(max_new_tokens=limit, stop_token_ids=_eos_ids(model))
     plain: list[tuple[float, RequestState]] = []
     drafted: list[tuple[float, RequestState]] = []

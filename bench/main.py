@@ -1,0 +1,192 @@
+"""Replay and live benchmarks on the command line, and what can be done with their results.
+
+python -m specdec.bench.main run --mode replay --shape qwen2.5-0.5b --tokenizer DIR --traces FILE --out result.json
+python -m specdec.bench.main compare A.json B.json
+python -m specdec.bench.main report result.json --html report.html
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specdec.cli import EXIT_ERROR, EXIT_INTERRUPTED
+from specdec.commands import printing
+from specdec.commands.loading import load_model
+from specdec.commands.options import BudgetOption, DeviceOption, DTypeOption, SeedOption
+from specdec.errors import ConfigError, SpecdecError
+
+if TYPE_CHECKING:
+    from specdec.bench.results_schema import BenchResult
+    from specdec.bench.targets import Target
+
+__all__ = ["app"]
+
+_EXIT_DOUBTFUL = 1
+app = typer.Typer(help="Benchmarks with peers in the same run.", no_args_is_help=True, pretty_exceptions_enable=False)
+TracesOption = Annotated[
+    list[Path] | None, typer.Option("--traces", help="A trace file or folder; may be repeated. None: built-in edits.")
+]
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The result file.")],
+    traces: TracesOption = None,
+    mode: Annotated[
+        str, typer.Option("--mode", help="replay: recorded answers are forced; live: the model speaks.")
+    ] = "replay",
+    model: Annotated[str | None, typer.Option("--model", "-m", help="A model with weights.")] = None,
+    shape: Annotated[
+        str | None, typer.Option("--shape", help="Random weights: a known shape, or a config.json.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="A folder with one; default: the model's.")
+    ] = None,
+    assistant: Annotated[str | None, typer.Option("--assistant", help="The small model of the arm `assisted`.")] = None,
+    arms: Annotated[
+        str, typer.Option("--arms", help="Comma-separated; a wrong name lists them all.")
+    ] = "plain,ngram,suffix,generate,prompt-lookup",
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds.")] = 3,
+    budget: BudgetOption = None,
+    warmth: Annotated[str, typer.Option("--warmth", help="cold, self-warmed or warmed.")] = "self-warmed",
+    train: Annotated[list[Path] | None, typer.Option("--train", help="Traces that warmed stores know.")] = None,
+    calls: Annotated[int, typer.Option("--calls", min=0, help="Of each source; 0: all.")] = 0,
+    max_prompt: Annotated[int, typer.Option("--max-prompt", min=0, help="Tokens kept at a prompt's end; 0: all.")] = 0,
+    max_response: Annotated[int, typer.Option("--max-response", min=0, help="Tokens of an answer; 0: all.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Of a live answer.")] = 128,
+    slo: Annotated[str | None, typer.Option("--slo", help="TTFT,TPOT in milliseconds, for goodput.")] = None,
+    format: Annotated[str, typer.Option("--format", help="Of the traces; auto: told from their keys.")] = "auto",
+    strict: Annotated[bool, typer.Option("--strict", help="The first faulty record is an error.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the whole rounds of the result file.")] = False,
+    seed: SeedOption = 0,
+    dtype: DTypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Time every arm on the same calls in turns; Ctrl-C keeps what there is, --resume goes on."""
+    from specdec.bench.run import BenchOptions, make_workload, run_bench
+
+    options = BenchOptions(
+        mode=mode, arms=tuple(filter(None, arms.split(","))), rounds=rounds, budget=budget, warmth=warmth,  # type: ignore[arg-type]
+        max_new_tokens=max_new_tokens, calls=calls, max_prompt=max_prompt, max_response=max_response, seed=seed,
+        slo_ms=_slo(slo), strict=strict,
+    )  # fmt: skip
+    target, words = _target(model, shape, tokenizer, dtype, device)
+    helper = None if assistant is None else load_model(assistant, dtype=dtype, device=device).model
+
+    def encode(text: str) -> Any:
+        return words.encode(text, add_special_tokens=False)
+
+    with printing.status("reading the traces"):
+        work = make_workload(traces or [], encode, options, format=format)
+        training = make_workload(train, encode, options, format=format) if train else None
+    if work.skips.counts:
+        printing.note(f"passed over: {work.skips}")
+    with printing.progress() as bar:
+        task = bar.add_task(f"{mode} of {len(work.items)} calls by {len(options.arms)} arms", total=None)
+        result = run_bench(
+            target, work, options, output=out, resume=resume, assistant=helper, training=training, tokenizer=words,
+            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+    _show(result)
+    printing.note(f"written to {out}")
+    if result.is_partial:
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if any(flag.severity == "error" for flag in result.flags):
+        raise typer.Exit(_EXIT_DOUBTFUL)
+
+
+def _slo(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        first, further = map(float, text.split(","))
+    except ValueError:
+        raise ConfigError(f"slo must be two numbers of milliseconds, TTFT,TPOT, got {text!r}") from None
+    return first, further
+
+
+def _target(model: str | None, shape: str | None, tokenizer: str | None, dtype: Any, device: str) -> tuple[Target, Any]:
+    """The model under test and the tokenizer of the traces."""
+    import transformers
+
+    from specdec.bench.targets import load_target, random_target
+    from specdec.errors import LoadError
+
+    if (model is None) == (shape is None):
+        raise ConfigError("give the model as --model (with weights) or --shape (random ones), exactly one of them")
+    words = None
+    if tokenizer is not None:
+        try:
+            words = transformers.AutoTokenizer.from_pretrained(tokenizer)
+        except (OSError, ValueError) as error:
+            raise LoadError(f"cannot load a tokenizer from {tokenizer!r}: {error}") from error
+    if model is not None:
+        loaded = load_model(model, dtype=dtype, device=device, needs_tokenizer=words is None)
+        return load_target(loaded.model, loaded.tokenizer, loaded.name), words or loaded.tokenizer
+    if words is None:
+        raise ConfigError("a model of random weights has no tokenizer: give one with --tokenizer")
+    place = "cpu" if device == "auto" else device
+    kind = "float32" if dtype == "auto" else dtype
+    with printing.status(f"making {shape}"):
+        return random_target(str(shape), dtype=kind, device=place), words
+
+
+def _show(result: BenchResult) -> None:
+    from specdec.bench.metrics import ALL
+    from specdec.bench.tables import result_table, text_table
+
+    sources = list(dict.fromkeys(summary.source for summary in result.summaries)) or [ALL]
+    for source in [*(s for s in sources if s != ALL and len(sources) > 2), ALL]:
+        printing.text(f"{source}\n{text_table(result_table(result, source=source))}\n")
+    for flag in result.flags:
+        printing.text(f"{flag.severity}: {flag.code}: {flag.message}\n")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="A.json")], second: Annotated[Path, typer.Argument(help="B.json")]
+) -> None:
+    """Two results side by side; ~ marks differences within the spread of the rounds."""
+    from specdec.bench.results_schema import read_result
+    from specdec.bench.tables import compare_table, text_table
+
+    rows, doubts = compare_table(read_result(first), read_result(second))
+    printing.text(text_table(rows))
+    for doubt in doubts:
+        printing.text(f"note: {doubt}\n")
+
+
+@app.command()
+def report(
+    result: Annotated[Path, typer.Argument(help="A result file.")],
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with plots, complete in itself.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")] = False,
+) -> None:
+    """A result as tables on the terminal, as Markdown, or as a page."""
+    from specdec.bench.html_report import html_report
+    from specdec.bench.results_schema import read_result
+    from specdec.bench.tables import markdown_table, result_table
+
+    found = read_result(result)
+    if html is not None:
+        html.write_text(html_report(found), encoding="utf-8")
+        printing.note(f"written to {html}")
+    if markdown:
+        printing.text(markdown_table(result_table(found)))
+    elif html is None:
+        _show(found)
+
+
+def _main() -> None:
+    try:
+        app(prog_name="specdec.bench")
+    except SpecdecError as error:
+        printing.error(str(error))
+        raise SystemExit(EXIT_ERROR) from None
+
+
+if __name__ == "__main__":
+    _main()

@@ -104,12 +104,13 @@ def _figure(title: str, plot: str, caption: str) -> str:
     return f"<figure><h2>{escape(title)}</h2>{plot}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _arms(result: BenchResult) -> list[str]:
-    return [arm.name for arm in result.arms if not arm.failure]
+def _arms(result: BenchResult) -> dict[str, int]:
+    """Every arm that ran, with the number of its colour: the same one in every plot."""
+    return {arm.name: number for number, arm in enumerate(result.arms) if not arm.failure}
 
 
 def _speedups(result: BenchResult, sources: Sequence[str]) -> str:
-    arms = [name for name in _arms(result) if name != result.baseline]
+    arms = {name: colour for name, colour in _arms(result).items() if name != result.baseline}
     groups: dict[str, dict[str, plots.Interval]] = {}
     for source in [*sources, ALL] if len(sources) > 1 else [ALL]:
         group = {}
@@ -131,8 +132,9 @@ def _positions(result: BenchResult) -> str:
             for label, rates in ((name, summary.accepted_at), (f"{name}, given", summary.accepted_at_given)):
                 series[label] = [(float(i + 1), rate) for i, rate in enumerate(rates)]
     dashed = [label for label in series if label.endswith(", given")]
+    colours = {label: _arms(result)[label.removesuffix(", given")] for label in series}
     names = {"x_name": "draft position", "y_name": "share accepted"}
-    return plots.lines("Acceptance by position", series, dashed=dashed, **names) if series else ""
+    return plots.lines("Acceptance by position", series, dashed=dashed, colours=colours, **names) if series else ""
 
 
 def _timeline(result: BenchResult) -> str:
@@ -144,7 +146,7 @@ def _timeline(result: BenchResult) -> str:
                 offset, call = offset + end, mark.call
             end, tokens = mark.end_s, tokens + mark.emitted
             marks.setdefault(name, []).append((offset + end, tokens))
-    return plots.timeline("One episode", marks) if marks else ""
+    return plots.timeline("One episode", marks, _arms(result)) if marks else ""
 
 
 def _cost(result: BenchResult) -> str:
@@ -218,7 +220,7 @@ th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--ru
 th:first-child { text-align: left }
 td.why { text-align: left; color: var(--soft); white-space: normal }
 svg { width: 100%; height: auto; display: block }
-svg text { fill: var(--fg); font-size: 12px }
+svg text { fill: var(--fg); font-size: 12px; paint-order: stroke; stroke: var(--bg); stroke-width: 3px }
 svg .tick { fill: var(--soft); font-size: 11px }
 svg .group { font-weight: 600 }
 @media (max-width: 800px) { svg text { font-size: 15px } svg .tick { font-size: 14px } }

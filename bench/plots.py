@@ -57,22 +57,28 @@ def _y(value: float, ys: Sequence[float], height: int = _HEIGHT) -> float:
     return floor - (value - ys[0]) / max(ys[-1] - ys[0], 1e-9) * (floor - _TOP)
 
 
-def _legend(names: Sequence[str]) -> str:
+def _legend(names: Sequence[str], colours: Mapping[str, int]) -> str:
     items = "".join(
-        f'<li><span class="key b{i % _NUM_COLOURS}"></span>{escape(name)}</li>' for i, name in enumerate(names)
+        f'<li><span class="key b{colours.get(name, i) % _NUM_COLOURS}"></span>{escape(name)}</li>'
+        for i, name in enumerate(names)
     )
     return f'<ul class="legend">{items}</ul>'
 
 
 def bars(
-    title: str, groups: Mapping[str, Mapping[str, Interval]], series: Sequence[str], *, unit: str, mark: float = 1.0
+    title: str,
+    groups: Mapping[str, Mapping[str, Interval]],
+    colours: Mapping[str, int],
+    *,
+    unit: str,
+    mark: float = 1.0,
 ) -> str:
     """Horizontal bars with whiskers, grouped.
 
     Args:
         title: of the plot.
         groups: group -> series -> (value, low, high).
-        series: in the order of their colours.
+        colours: number of each series' colour, in the order of the bars.
         unit: name of the axis.
         mark: where a line is drawn.
     """
@@ -94,12 +100,12 @@ def bars(
     top = 0
     for (name, group), tall in zip(groups.items(), heights, strict=True):
         parts.append(f'<text class="group" x="8" y="{top + 13}">{escape(name)}</text>')
-        shown = [s for s in series if s in group]
+        shown = [s for s in colours if s in group]
         for i, one in enumerate(shown):
             value, low, high = group[one]
             y = top + label + row * i
             parts.append(
-                f'<rect class="c{series.index(one) % _NUM_COLOURS}" x="8" y="{y}" width="{x(value) - 8:.1f}" '
+                f'<rect class="c{colours[one] % _NUM_COLOURS}" x="8" y="{y}" width="{x(value) - 8:.1f}" '
                 f'height="{row - 4}"><title>{escape(one)}: {value:.2f} ({low:.2f} to {high:.2f})</title></rect>'
                 f'<line class="whisker" x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{y + 6}" y2="{y + 6}"/>'
                 f'<text class="tick" x="{x(max(value, high)) + 5:.1f}" y="{y + 10}">{value:.2f}</text>'
@@ -110,7 +116,7 @@ def bars(
         f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">'
         f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
     )
-    return svg + _legend(series)
+    return svg + _legend(list(colours), colours)
 
 
 def lines(
@@ -120,8 +126,10 @@ def lines(
     x_name: str,
     y_name: str,
     dashed: Sequence[str] = (),
+    colours: Mapping[str, int] | None = None,
 ) -> str:
-    """Curves over a common axis; those in ``dashed`` are drawn so."""
+    """Curves over a common axis; those in ``dashed`` are drawn so, each in its own colour or the next one."""
+    own = colours or {}
     points = [point for curve in series.values() for point in curve]
     if not points:
         return '<p class="none">No data in this run.</p>'
@@ -135,7 +143,8 @@ def lines(
         f'<text class="tick" x="{x(t):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{_number(t)}</text>'
         for t in xs
     ]
-    for i, (name, curve) in enumerate(series.items()):
+    for number, (name, curve) in enumerate(series.items()):
+        i = own.get(name, number)
         path = " ".join(f"{x(a):.1f},{_y(b, ys):.1f}" for a, b in curve)
         style = f"l{i % _NUM_COLOURS}" + (" dashed" if name in dashed else "")
         parts.append(f'<polyline class="line {style}" points="{path}"><title>{escape(name)}</title></polyline>')
@@ -144,10 +153,10 @@ def lines(
             f"<title>{escape(name)}: {_number(a)}, {_number(b)}</title></circle>"
             for a, b in (curve if len(curve) <= 40 else ())
         ]
-    return _frame(title, x_name, y_name, ys, "".join(parts)) + _legend(list(series))
+    return _frame(title, x_name, y_name, ys, "".join(parts)) + _legend(list(series), own)
 
 
-def timeline(title: str, marks: Mapping[str, Sequence[tuple[float, int]]]) -> str:
+def timeline(title: str, marks: Mapping[str, Sequence[tuple[float, int]]], colours: Mapping[str, int]) -> str:
     """Tokens out over the seconds of an episode, one staircase per arm: (seconds, tokens so far)."""
     stairs: dict[str, list[tuple[float, float]]] = {}
     for name, steps in marks.items():
@@ -155,4 +164,4 @@ def timeline(title: str, marks: Mapping[str, Sequence[tuple[float, int]]]) -> st
         for second, tokens in steps:
             curve += [(second, curve[-1][1]), (second, float(tokens))]
         stairs[name] = curve
-    return lines(title, stairs, x_name="seconds", y_name="tokens")
+    return lines(title, stairs, x_name="seconds", y_name="tokens", colours=colours)

@@ -13,7 +13,7 @@ import typer
 
 from specdec import __version__
 from specdec.commands import printing
-from specdec.commands.bench import bench
+from specdec.commands.bench_run import app as bench
 from specdec.commands.check import check
 from specdec.commands.corpus import corpus
 from specdec.commands.demo import demo
@@ -54,7 +54,7 @@ app.command()(generate)
 app.command()(demo)
 app.command()(check)
 app.command()(doctor)
-app.command()(bench)
+app.add_typer(bench, name="bench")
 app.add_typer(corpus)
 
 

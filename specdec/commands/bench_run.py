@@ -1,8 +1,9 @@
-"""Replay and live benchmarks on the command line, and what can be done with their results.
+"""``specdec bench``: simulation, replay and live runs, and what can be done with their results.
 
-python -m specdec.bench.main run --mode replay --shape qwen2.5-0.5b --tokenizer DIR --traces FILE --out result.json
-python -m specdec.bench.main compare A.json B.json
-python -m specdec.bench.main report result.json --html report.html
+specdec bench --traces FILE --tokenizer DIR
+specdec bench --mode replay --shape qwen2.5-0.5b --tokenizer DIR --traces FILE --out result.json
+specdec bench compare A.json B.json
+specdec bench report result.json --html report.html
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from specdec.cli import EXIT_ERROR, EXIT_INTERRUPTED
 from specdec.commands import printing
+from specdec.commands.bench import bench
 from specdec.commands.loading import load_model
 from specdec.commands.options import BudgetOption, DeviceOption, DTypeOption, SeedOption
-from specdec.errors import ConfigError, SpecdecError
+from specdec.errors import ConfigError
 
 if TYPE_CHECKING:
     from specdec.bench.results_schema import BenchResult
@@ -25,7 +27,27 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 _EXIT_DOUBTFUL = 1
-app = typer.Typer(help="Benchmarks with peers in the same run.", no_args_is_help=True, pretty_exceptions_enable=False)
+_EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class _ByMode(TyperGroup):
+    """``bench --mode replay ...`` is ``bench run --mode replay ...``; without a mode it is a simulation."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+            words = [word for arg in args for word in arg.split("=", 1)]
+            after = words[words.index("--mode") + 1 :] if "--mode" in words else []
+            args = ["simulate" if not after or after[0] == "simulate" else "run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_ByMode,
+    help="Measure on recorded traffic. Without a command: `simulate`, or with --mode replay or live: `run`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("simulate")(bench)
 TracesOption = Annotated[
     list[Path] | None, typer.Option("--traces", help="A trace file or folder; may be repeated. None: built-in edits.")
 ]
@@ -93,7 +115,7 @@ def run(
     _show(result)
     printing.note(f"written to {out}")
     if result.is_partial:
-        raise typer.Exit(EXIT_INTERRUPTED)
+        raise typer.Exit(_EXIT_INTERRUPTED)
     if any(flag.severity == "error" for flag in result.flags):
         raise typer.Exit(_EXIT_DOUBTFUL)
 
@@ -178,15 +200,3 @@ def report(
         printing.text(markdown_table(result_table(found)))
     elif html is None:
         _show(found)
-
-
-def _main() -> None:
-    try:
-        app(prog_name="specdec.bench")
-    except SpecdecError as error:
-        printing.error(str(error))
-        raise SystemExit(EXIT_ERROR) from None
-
-
-if __name__ == "__main__":
-    _main()

@@ -50,6 +50,7 @@ def _root(
     """Lossless speculative decoding for any Hugging Face causal LM: the same tokens, sooner."""
 
 
+app.command()(demo)
 app.command()(generate)
 app.command()(demo)
 app.command()(check)

@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +26,7 @@ from specdec.bench import tiny_attention
 from specdec.bench.edit_tasks import stdlib_root
 from specdec.bench.tiny_data import SPECIAL_TOKENS, Corpus, Mixture, RowStream, load_corpus, train_tokenizer
 from specdec.bench.tiny_init import init_induction
+from specdec.bench.tiny_loops import loop_loss, loop_rows
 from specdec.errors import ConfigError
 
 __all__ = ["TrainPlan", "Trainer", "export_model", "main", "new_model"]
@@ -46,8 +47,10 @@ class TrainPlan:
     circuit_rate: float = 0.01  # factor of muon_lr for what the induction circuit runs through
     seed: int = 0
     lengths: tuple[tuple[int, float], ...] = ((512, 0.65), (1024, 0.35))  # row length, share of steps
+    loop_every: int = 3  # steps between two lessons against the model's own loops, once the decay has begun
     mimetic: bool = True
-    mixture: Mixture = field(default_factory=Mixture)
+    mixture: Mixture = Mixture()
+    decay_mixture: Mixture = Mixture(edit=0.85, plain=0.1, prose=0.0, drill=0.05, prompt_weight=0.2)
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.tokens_per_step < max(length for length, _ in self.lengths):
@@ -126,6 +129,7 @@ class Trainer:
         self.decay_from = round(plan.steps * (1 - _DECAY_SHARE))
         self.stop_at = plan.steps
         self._rows = RowStream(corpus, tokenizer, seed=plan.seed)
+        self._loop_prompts = RowStream(corpus, tokenizer, seed=plan.seed + 1)
         self._heldout_rows = RowStream(heldout, tokenizer, seed=plan.seed)
         self.optimizers = _optimizers(self.model, plan)
 
@@ -160,7 +164,8 @@ class Trainer:
         """Take one optimizer step and return its loss."""
         started = time.monotonic()
         length = self._length()
-        rows = self._rows.rows(self.step, self.plan.tokens_per_step // length, length, self.plan.mixture)
+        mixture = self.plan.decay_mixture if self.step >= self.decay_from else self.plan.mixture
+        rows = self._rows.rows(self.step, self.plan.tokens_per_step // length, length, mixture)
         ids, weights = torch.from_numpy(rows[0]).long(), torch.from_numpy(rows[1])
         total = 0.0
         parts = max(1, self.plan.tokens_per_step // 4096)  # micro-batches keep activations in a few hundred MB
@@ -168,6 +173,8 @@ class Trainer:
             loss, _ = self._loss(some, some_weights)
             torch.autograd.backward(loss / parts)
             total += loss.item() / parts
+        if self.step >= self.decay_from and self.step % self.plan.loop_every == 0:
+            self._unlearn_loops()
         rate = self._rate()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -178,6 +185,15 @@ class Trainer:
         self.step += 1
         self.seconds += min(_PAUSE_SECONDS, time.monotonic() - started)
         return total
+
+    def _unlearn_loops(self) -> None:
+        """Add the gradient of the unlikelihood of this step's own loops."""
+        self.model.set_attn_implementation("sdpa")  # the training attention has no cache
+        ids, mask = loop_rows(self.model, self._loop_prompts, self.step)
+        self.model.set_attn_implementation(tiny_attention.NAME)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        torch.autograd.backward(loop_loss(logits, ids, mask))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

@@ -56,6 +56,18 @@ def test_steps_change_the_weights_and_stay_finite(parts, plan):
     assert weights(trainer).isfinite().all()
 
 
+def test_the_decay_has_lessons_against_loops_and_its_own_mixture(parts, plan):
+    trainer = Trainer(plan, *parts)
+    trainer.step = trainer.decay_from = 3
+    calls = []
+    unlearn = trainer._unlearn_loops
+    trainer._unlearn_loops = lambda: (calls.append(trainer.step), unlearn())
+    assert trainer.train_step() > 0
+    assert trainer.train_step() > 0
+    assert calls == [3]
+    assert trainer.model.config._attn_implementation == "specdec_block_causal"
+
+
 def test_a_time_limit_starts_the_decay_early_and_only_once(parts, plan):
     trainer = Trainer(TrainPlan(steps=1000, tokens_per_step=128, lengths=((64, 1.0),)), *parts)
     trainer.step, trainer.seconds = 130, 65.0

@@ -103,7 +103,7 @@ def run_simulation(
     calls = [call for source in sources.values() for call in _shortened(source[:_HOST_CALLS])]
     if "host" in parts:
         on_progress("host time per request-step")
-        wide = [call for source in sources.values() for call in _shortened(source[: 4 * _HOST_CALLS])]
+        wide = [call for source in sources.values() for call in _shortened(source[: 2 * _HOST_CALLS])]
         result["host"] = {
             **simulate_speed.host_time(calls, [1], passes=passes, with_peer=missing is None),
             **simulate_speed.host_time(wide, [32, 128], passes=passes, with_peer=missing is None),

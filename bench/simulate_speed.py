@@ -1,6 +1,7 @@
 """What drafting costs on the host: time per request-step, prompts, stalls, memory, eviction, growth.
 
-Both arms run in one process, alternating; the least of several passes counts, as other work on the machine only adds.
+Both arms run in one process, alternating. Every pass makes the same calls in the same order, and of each call the least
+time over the passes counts: what other work on the machine adds to a call is no property of the drafter.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from specdec.bench.peers import arctic_cache
 from specdec.bench.traces import IntArray, TokenCall
@@ -22,29 +24,35 @@ __all__ = ["cache_scaling", "host_time", "long_prompt"]
 _THRESHOLD = 0.17  # drafts about as many tokens as the peer at its defaults
 
 
-def _ours_one(calls: Sequence[TokenCall], width: int = 1) -> tuple[float, int, float]:
-    """Seconds in the drafter, steps, seconds in prompts; one request at a time."""
+Times = tuple[list[float], int, list[float]]  # seconds of each call, request-steps, seconds of each prompt
+
+
+def _ours_one(calls: Sequence[TokenCall], width: int = 1) -> Times:
+    """One request at a time."""
     cache = SuffixCache(max_bytes=1 << 28)
-    clock, spent, steps, prompts = time.perf_counter, 0.0, 0, 0.0
+    clock, steps = time.perf_counter, 0
+    spent: list[float] = []
+    prompts: list[float] = []
     empty = np.empty(0, np.int32)
     for number, call in enumerate(calls):
         begin = clock()
         cache.start(number, call.prompt_ids)
-        prompts += clock() - begin
+        prompts.append(clock() - begin)
         response, at, new = call.response_ids, 0, empty
         truth = response.tolist()
         while at < len(truth):
             begin = clock()
             live = cache.advance(number, new, budget=64, threshold=_THRESHOLD, as_tree=False)
             draft = live.draft[: live.count, 0].tolist()
-            spent += clock() - begin
+            spent.append(clock() - begin)
             right = _matching(draft, truth, at)
             stop = min(at + right + 1, len(truth))
             new, at, steps = response[at:stop], stop, steps + 1
         begin = clock()
         cache.extend([number], [new])
         cache.finish(number)
-        spent += clock() - begin
+        del live
+        spent.append(clock() - begin)
     return spent, steps, prompts
 
 
@@ -55,28 +63,30 @@ def _matching(draft: list[int], truth: list[int], at: int) -> int:
     return right
 
 
-def _arctic_one(calls: Sequence[TokenCall], width: int = 1, depth: int = 64) -> tuple[float, int, float]:
+def _arctic_one(calls: Sequence[TokenCall], width: int = 1, depth: int = 64) -> Times:
     cache = arctic_cache(depth)
-    clock, spent, steps, prompts = time.perf_counter, 0.0, 0, 0.0
+    clock, steps = time.perf_counter, 0
+    spent: list[float] = []
+    prompts: list[float] = []
     for number, call in enumerate(calls):
         begin = clock()
         cache.start_request(number, call.prompt_ids)
-        prompts += clock() - begin
+        prompts.append(clock() - begin)
         text = np.concatenate([call.prompt_ids, call.response_ids])
         truth, start, at = call.response_ids.tolist(), len(call.prompt_ids), 0
         while at < len(truth):
             context = text[max(0, start + at - depth) : start + at]
             begin = clock()
             draft = cache.speculate(number, context, max_spec_tokens=depth).token_ids
-            spent += clock() - begin
+            spent.append(clock() - begin)
             stop = min(at + _matching(draft, truth, at) + 1, len(truth))
             begin = clock()
             cache.add_active_response(number, call.response_ids[at:stop])
-            spent += clock() - begin
+            spent.append(clock() - begin)
             at, steps = stop, steps + 1
         begin = clock()
         cache.stop_request(number)
-        spent += clock() - begin
+        spent.append(clock() - begin)
     return spent, steps, prompts
 
 
@@ -95,14 +105,15 @@ def _run_lanes(
     calls: Sequence[TokenCall],
     width: int,
     start: Callable[[int, IntArray], None],
-    step: Callable[[list[_Lane], list[IntArray]], tuple[float, list[list[int]]]],
+    step: Callable[[list[_Lane], list[IntArray]], tuple[list[float], list[list[int]]]],
     stop: Callable[[_Lane, IntArray], float],
-) -> tuple[float, int, float]:
-    """Keep ``width`` requests going until fewer are left; seconds in the drafter and request-steps."""
+) -> Times:
+    """Keep ``width`` requests going until fewer are left."""
     queue = list(enumerate(calls))[::-1]
     lanes: list[_Lane] = []
     new: list[IntArray] = []
-    spent, steps = 0.0, 0
+    spent: list[float] = []
+    steps = 0
     while queue or lanes:
         while queue and len(lanes) < width:
             number, call = queue.pop()
@@ -111,7 +122,8 @@ def _run_lanes(
             new.append(np.empty(0, np.int32))
         seconds, drafts = step(lanes, new)
         if len(lanes) == width:  # the tail with fewer requests is not counted
-            spent, steps = spent + seconds, steps + len(lanes)
+            spent += seconds
+            steps += len(lanes)
         going, left = [], []
         for lane, draft in zip(lanes, drafts, strict=True):
             end = min(lane.at + _matching(draft, lane.truth, lane.at) + 1, len(lane.truth))
@@ -121,22 +133,22 @@ def _run_lanes(
                 going.append(lane)
                 left.append(ids)
             else:
-                spent += stop(lane, ids)
+                spent.append(stop(lane, ids))
         lanes, new = going, left
-    return spent, steps, 0.0
+    return spent, steps, []
 
 
-def _ours_many(calls: Sequence[TokenCall], width: int) -> tuple[float, int, float]:
+def _ours_many(calls: Sequence[TokenCall], width: int) -> Times:
     cache = SuffixCache(max_bytes=1 << 28)
     clock = time.perf_counter
 
-    def step(lanes: list[_Lane], new: list[IntArray]) -> tuple[float, list[list[int]]]:
+    def step(lanes: list[_Lane], new: list[IntArray]) -> tuple[list[float], list[list[int]]]:
         begin = clock()
         ids = [lane.number for lane in lanes]
         got = cache.step(ids, new, [64] * len(ids), threshold=_THRESHOLD, as_tree=False)
         tokens, offsets = got.token_ids.tolist(), got.offsets.tolist()
         drafts = [tokens[a + 1 : b] for a, b in zip(offsets, offsets[1:], strict=False)]
-        return clock() - begin, drafts
+        return [clock() - begin], drafts
 
     def stop(lane: _Lane, ids: IntArray) -> float:
         begin = clock()
@@ -147,12 +159,13 @@ def _ours_many(calls: Sequence[TokenCall], width: int) -> tuple[float, int, floa
     return _run_lanes(calls, width, lambda n, prompt: cache.start(n, prompt), step, stop)
 
 
-def _arctic_many(calls: Sequence[TokenCall], width: int) -> tuple[float, int, float]:
+def _arctic_many(calls: Sequence[TokenCall], width: int) -> Times:
     cache = arctic_cache()
     clock = time.perf_counter
 
-    def step(lanes: list[_Lane], new: list[IntArray]) -> tuple[float, list[list[int]]]:
-        spent, drafts = 0.0, []
+    def step(lanes: list[_Lane], new: list[IntArray]) -> tuple[list[float], list[list[int]]]:
+        spent: list[float] = []
+        drafts: list[list[int]] = []
         for lane, ids in zip(lanes, new, strict=True):
             end = len(lane.text) - len(lane.truth) + lane.at
             context = lane.text[max(0, end - 64) : end]
@@ -160,7 +173,7 @@ def _arctic_many(calls: Sequence[TokenCall], width: int) -> tuple[float, int, fl
             if len(ids):
                 cache.add_active_response(lane.number, ids)
             drafts.append(cache.speculate(lane.number, context, max_spec_tokens=64).token_ids)
-            spent += clock() - begin
+            spent.append(clock() - begin)
         return spent, drafts
 
     def stop(lane: _Lane, ids: IntArray) -> float:
@@ -173,22 +186,28 @@ def _arctic_many(calls: Sequence[TokenCall], width: int) -> tuple[float, int, fl
 
 
 def host_time(calls: Sequence[TokenCall], widths: Sequence[int], *, passes: int, with_peer: bool) -> dict[str, Any]:
-    """Microseconds per request-step (extend, speculate, finish) and per prompt token, least of ``passes`` passes."""
+    """Microseconds per request-step (extend, speculate, finish) and per prompt token, least of ``passes`` per call."""
     prompt_tokens = sum(len(call.prompt_ids) for call in calls)
     result: dict[str, Any] = {"prompt_tokens": prompt_tokens, "passes": passes}
     for width in widths:
-        seen: dict[str, list[float]] = {}
+        arms = {"ours": _ours_one if width == 1 else _ours_many}
+        if with_peer:
+            arms["arctic"] = _arctic_one if width == 1 else _arctic_many
+        least: dict[str, tuple[npt.NDArray[np.float64], int, npt.NDArray[np.float64]]] = {}
         for _ in range(passes):
-            arms = {"ours": _ours_one if width == 1 else _ours_many}
-            if with_peer:
-                arms["arctic"] = _arctic_one if width == 1 else _arctic_many
             for name, arm in arms.items():
                 gc.collect()
-                got = arm(calls, width)
-                seen.setdefault(name, []).append(1e6 * got[0] / got[1])
-                if width == 1:
-                    seen.setdefault(f"{name} prompt", []).append(1e6 * got[2] / prompt_tokens)
-        result[str(width)] = {name: min(values) for name, values in seen.items()}
+                spent, steps, prompts = arm(calls, width)
+                times, prompt_times = np.array(spent), np.array(prompts)
+                if name in least:
+                    times = np.minimum(times, least[name][0])
+                    prompt_times = np.minimum(prompt_times, least[name][2])
+                least[name] = (times, steps, prompt_times)
+        row = result[str(width)] = {"request_steps": least["ours"][1]}
+        for name, (times, steps, prompt_times) in least.items():
+            row[name] = 1e6 * float(times.sum()) / max(steps, 1)
+            if width == 1:
+                row[f"{name} prompt"] = 1e6 * float(prompt_times.sum()) / prompt_tokens
     return result
 
 

@@ -65,9 +65,11 @@ class RetrievalStore:
             ConfigError: it was made with another depth.
         """
         with self.lock:
-            memory = self._branches.get(tenant)
+            memory = self._branches.pop(tenant, None)
             if memory is None:
-                memory = self._branches[tenant] = BranchMemory(depth, _MAX_BRANCH_NODES, _MAX_BRANCH_TOKENS)
+                memory = BranchMemory(depth, _MAX_BRANCH_NODES, _MAX_BRANCH_TOKENS)
+            self._branches[tenant] = memory
+            self._drop_surplus(self._branches)
             if memory.trie.depth != depth:
                 raise ConfigError(f"this store counts strings of {memory.trie.depth} tokens, the drafter needs {depth}")
             return memory
@@ -75,7 +77,15 @@ class RetrievalStore:
     def successors(self, tenant: str) -> SuccessorTable:
         """The tenant's successor matrix."""
         with self.lock:
-            return self._successors.setdefault(tenant, SuccessorTable())
+            table = self._successors.pop(tenant) if tenant in self._successors else SuccessorTable()
+            self._successors[tenant] = table
+            self._drop_surplus(self._successors)
+            return table
+
+    def _drop_surplus(self, parts: dict[str, Any]) -> None:
+        """Keep ``max_tenants``: what the tenant idle longest has goes; its live requests keep what they hold."""
+        while len(parts) > self.suffix.max_tenants:
+            del parts[next(iter(parts))]
 
     @property
     def nbytes(self) -> int:

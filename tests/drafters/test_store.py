@@ -183,3 +183,13 @@ def test_bad_options_are_named():
         RetrievalStore(max_bytes=1)
     with pytest.raises(ConfigError, match="counts strings of 14 tokens, the drafter needs 9"):
         filled().branches("north", 9)
+
+
+def test_no_more_tenants_are_kept_than_allowed():
+    store = RetrievalStore(max_tenants=2)
+    for tenant in ("a", "b", "a", "c"):
+        memory = store.branches(tenant, DEPTH)
+        memory.open(tenant)
+        store.successors(tenant).seed(ids(1, 2), tenant)
+    assert store.branches("a", DEPTH).keys == ["a"]
+    assert store.branches("b", DEPTH).keys == []

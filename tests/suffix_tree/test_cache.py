@@ -350,9 +350,9 @@ def test_long_lists_are_converted_like_short_ones():
 
 @pytest.mark.skipif(os.environ.get("NUMBA_DISABLE_JIT") == "1", reason="this is the run without compilation")
 def test_the_same_tests_pass_without_compilation():
-    chosen = "not million and not threads and not approach and not machine and not without"
+    chosen = "not million and not threads and not approach and not without"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/suffix_tree", "-k", chosen]
     run = subprocess.run(
-        command, env={**os.environ, "NUMBA_DISABLE_JIT": "1"}, capture_output=True, text=True, timeout=300, check=False
+        command, env={**os.environ, "NUMBA_DISABLE_JIT": "1"}, capture_output=True, text=True, timeout=1200, check=False
     )
     assert run.returncode == 0, run.stdout[-3000:]

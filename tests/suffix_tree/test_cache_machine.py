@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from specdec.suffix_tree.cache import SuffixCache
 from specdec.suffix_tree.index import BYTES_PER_PAGE
 from tests.suffix_tree.naive import NaiveCache
 
+JIT = os.environ.get("NUMBA_DISABLE_JIT") != "1"  # interpreted kernels are slow: fewer examples
 TENANTS = ("north", "south")
 NAMES = tuple("abcdefgh")
 texts = st.lists(st.integers(0, 3), min_size=1, max_size=90)
@@ -128,5 +131,5 @@ class CacheMachine(RuleBasedStateMachine):
 
 TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=60 if JIT else 5, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

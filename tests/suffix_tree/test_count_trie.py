@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -8,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from specdec.suffix_tree.count_trie import CountTrie
 
+JIT = os.environ.get("NUMBA_DISABLE_JIT") != "1"  # interpreted kernels are slow: fewer examples
 tokens = st.lists(st.integers(0, 3), max_size=30)
 
 
@@ -51,7 +54,7 @@ class TrieMachine(RuleBasedStateMachine):
 
 TestTrieMachine = TrieMachine.TestCase
 TestTrieMachine.settings = settings(
-    max_examples=50, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=50 if JIT else 5, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
 

@@ -7,7 +7,9 @@ which is slightly against it, as the curve is concave.
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,17 @@ from specdec.bench.traces import TokenCall, episode_half
 from specdec.suffix_tree.cache import SuffixCache
 from specdec.suffix_tree.suffix_decoding import CountingDrafts, ReferenceSuffixDecoding
 
-__all__ = ["SETTINGS", "Setting", "compare", "frontier", "run_ours", "run_peer", "run_reference"]
+__all__ = [
+    "SETTINGS",
+    "Setting",
+    "compare",
+    "run_ours",
+    "run_peer",
+    "run_reference",
+    "run_source",
+    "run_sources",
+    "thresholds",
+]
 
 Sources = Mapping[str, Sequence[TokenCall]]
 # Per source, one row per call: steps, accepted draft tokens, draft tokens.
@@ -47,21 +59,20 @@ SETTINGS = (
 )
 
 
-def run_ours(sources: Sources, *, threshold: float, as_tree: bool, max_nodes: int = 64) -> Counts:
-    """Replay every source through a fresh cache."""
-    counts: Counts = {}
-    for name, calls in sources.items():
-        cache = SuffixCache(max_bytes=1 << 28)
-        rows = []
-        for number, call in enumerate(calls):
-            cache.start(number, call.prompt_ids)
-            rows.append(cache.replay(number, call.response_ids, budget=max_nodes, threshold=threshold, as_tree=as_tree))
-            cache.finish(number)
-        counts[name] = np.array(rows, np.int64)
-    return counts
+def run_ours(
+    calls: Sequence[TokenCall], *, threshold: float, as_tree: bool, max_nodes: int = 256
+) -> npt.NDArray[np.int64]:
+    """Replay one source through a fresh cache."""
+    cache = SuffixCache(max_bytes=1 << 28)
+    rows = []
+    for number, call in enumerate(calls):
+        cache.start(number, call.prompt_ids)
+        rows.append(cache.replay(number, call.response_ids, budget=max_nodes, threshold=threshold, as_tree=as_tree))
+        cache.finish(number)
+    return np.array(rows, np.int64)
 
 
-def run_peer(sources: Sources, setting: Setting) -> Counts:
+def run_peer(calls: Sequence[TokenCall], setting: Setting) -> npt.NDArray[np.int64]:
     """The same through arctic-inference.
 
     Raises:
@@ -71,34 +82,53 @@ def run_peer(sources: Sources, setting: Setting) -> Counts:
         "max_spec_factor": setting.factor, "max_spec_offset": setting.offset, "min_token_prob": setting.min_prob,
         "use_tree_spec": setting.as_tree,
     }  # fmt: skip
-    counts: Counts = {}
-    for name, calls in sources.items():
-        cache = arctic_cache()
-        counts[name] = np.array([replay_arctic(cache, n, call, options) for n, call in enumerate(calls)], np.int64)
-    return counts
+    cache = arctic_cache()
+    return np.array([replay_arctic(cache, n, call, options) for n, call in enumerate(calls)], np.int64)
 
 
-def run_reference(sources: Sources, setting: Setting) -> Counts:
+def run_reference(calls: Sequence[TokenCall], setting: Setting) -> npt.NDArray[np.int64]:
     """The same through our own implementation of SuffixDecoding as published."""
     options = CountingDrafts(
         factor=setting.factor, offset=setting.offset, min_prob=setting.min_prob, as_tree=setting.as_tree
     )
-    counts: Counts = {}
-    for name, calls in sources.items():
-        reference = ReferenceSuffixDecoding()
-        counts[name] = np.array([reference.replay(c.prompt_ids, c.response_ids, options) for c in calls], np.int64)
-    return counts
+    reference = ReferenceSuffixDecoding()
+    return np.array([reference.replay(c.prompt_ids, c.response_ids, options) for c in calls], np.int64)
 
 
-def frontier(
-    sources: Sources, *, as_tree: bool, on_run: Callable[[float], None] = lambda threshold: None
-) -> list[tuple[float, Counts]]:
-    """Ours at a row of thresholds, from short drafts to long ones."""
-    runs = []
-    for threshold in _TREES if as_tree else _PATHS:
-        on_run(threshold)
-        runs.append((threshold, run_ours(sources, threshold=threshold, as_tree=as_tree, max_nodes=256)))
-    return runs
+def thresholds(as_tree: bool) -> tuple[float, ...]:
+    """At which ours is measured, from short drafts to long ones."""
+    return _TREES if as_tree else _PATHS
+
+
+def run_source(
+    calls: Sequence[TokenCall], with_peer: bool, with_reference: bool
+) -> dict[tuple[str, str], npt.NDArray[np.int64]]:
+    """All arms over one source: (arm, setting) -> one row per call of steps, accepted tokens, draft tokens."""
+    found: dict[tuple[str, str], npt.NDArray[np.int64]] = {}
+    for setting in SETTINGS:
+        if with_peer:
+            found["arctic-inference", setting.name] = run_peer(calls, setting)
+        if with_reference:
+            found["SuffixDecoding reference", setting.name] = run_reference(calls, setting)
+    for as_tree in (False, True):
+        for threshold in thresholds(as_tree):
+            found["ours", f"{as_tree} {threshold}"] = run_ours(calls, threshold=threshold, as_tree=as_tree)
+    return found
+
+
+def run_sources(
+    sources: Sources, *, with_peer: bool, with_reference: bool, jobs: int, on_done: Callable[[str], None]
+) -> dict[tuple[str, str], Counts]:
+    """``run_source`` over all sources, the largest first, in ``jobs`` processes."""
+    found: dict[tuple[str, str], Counts] = {}
+    order = sorted(sources, key=lambda name: -sum(len(c.prompt_ids) + 9 * len(c.response_ids) for c in sources[name]))
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        tasks = {pool.submit(run_source, sources[name], with_peer, with_reference): name for name in order}
+        for task in as_completed(tasks):
+            for arm, rows in task.result().items():
+                found.setdefault(arm, {})[tasks[task]] = rows
+            on_done(tasks[task])
+    return found
 
 
 def _rates(rows: npt.NDArray[np.int64]) -> tuple[float, float]:
@@ -119,13 +149,13 @@ def _compared(base: npt.NDArray[np.int64], ours: Sequence[npt.NDArray[np.int64]]
     return {**result, "ours_accepted_per_step": equal, "gain_percent": 100 * (equal / max(accepted, 1e-9) - 1)}
 
 
-def compare(sources: Sources, base: Counts, runs: Sequence[tuple[float, Counts]]) -> dict[str, Any]:
+def compare(sources: Sources, base: Counts, runs: Sequence[Counts]) -> dict[str, Any]:
     """Accepted tokens per step of ours against a base arm at the base's drafted tokens per step.
 
     Args:
         sources: calls by source.
         base: the other arm.
-        runs: from ``frontier``.
+        runs: ours at a row of thresholds.
 
     Returns:
         Over all calls, over each half of the episodes (half 0 is what tables and constants were chosen on, half 1 was
@@ -137,8 +167,8 @@ def compare(sources: Sources, base: Counts, runs: Sequence[tuple[float, Counts]]
         return np.concatenate([rows if half is None else rows[halves[name] == half] for name, rows in counts.items()])
 
     found: dict[str, Any] = {
-        label: _compared(pooled(base, half), [pooled(counts, half) for _, counts in runs])
+        label: _compared(pooled(base, half), [pooled(counts, half) for counts in runs])
         for label, half in (("all", None), ("tuned half", 0), ("held-out half", 1))
     }
-    found["sources"] = {name: _compared(base[name], [counts[name] for _, counts in runs]) for name in sources}
+    found["sources"] = {name: _compared(base[name], [counts[name] for counts in runs]) for name in sources}
     return found

@@ -74,6 +74,7 @@ def run_simulation(
     max_response_tokens: int,
     max_prompt_tokens: int,
     passes: int,
+    jobs: int,
     with_peer: bool,
     on_progress: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def run_simulation(
         },
     }
     if "quality" in parts or "reference" in parts:
-        result["quality"] = _quality(sources, parts, missing is None, on_progress)
+        result["quality"] = _quality(sources, parts, missing is None, jobs, on_progress)
     calls = [call for source in sources.values() for call in _shortened(source[:_HOST_CALLS])]
     if "host" in parts:
         on_progress("host time per request-step")
@@ -115,7 +116,7 @@ def run_simulation(
         result["prompt"] = simulate_speed.long_prompt(long, passes=passes, with_peer=missing is None)
     if "scaling" in parts:
         on_progress("caches from 0.25 to 4 million tokens")
-        prompts = np.concatenate([text, *(call.prompt_ids for source in sources.values() for call in source[::7])])
+        prompts = np.concatenate([text, *(call.prompt_ids for source in sources.values() for call in source[::5])])
         sizes = [size for size in (250_000, 1_000_000, 4_000_000) if size <= len(prompts)]
         result["scaling"] = simulate_speed.cache_scaling(prompts, sizes, with_peer=missing is None)
     return result
@@ -129,26 +130,31 @@ def _shortened(calls: Sequence[TokenCall]) -> list[TokenCall]:
 
 
 def _quality(
-    sources: Mapping[str, Sequence[TokenCall]], parts: Sequence[str], has_peer: bool, on_progress: Callable[[str], None]
+    sources: Mapping[str, Sequence[TokenCall]],
+    parts: Sequence[str],
+    has_peer: bool,
+    jobs: int,
+    on_progress: Callable[[str], None],
 ) -> dict[str, Any]:
+    left = set(sources)
+
+    def on_done(name: str) -> None:
+        left.discard(name)
+        on_progress(f"quality: {len(left)} sources left")
+
+    runs = simulate.run_sources(
+        sources,
+        with_peer=has_peer and "quality" in parts,
+        with_reference="reference" in parts or not has_peer,
+        jobs=jobs,
+        on_done=on_done,
+    )
     found: dict[str, Any] = {}
-    runs: dict[bool, list[tuple[float, simulate.Counts]]] = {}
     for setting in simulate.SETTINGS:
-        bases: dict[str, simulate.Counts] = {}
-        if has_peer and "quality" in parts:
-            on_progress(f"arctic-inference, {setting.name}")
-            bases["arctic-inference"] = simulate.run_peer(sources, setting)
-        if "reference" in parts or not has_peer:
-            on_progress(f"SuffixDecoding reference, {setting.name}")
-            bases["SuffixDecoding reference"] = simulate.run_reference(sources, setting)
-        if setting.as_tree not in runs:
-            runs[setting.as_tree] = simulate.frontier(
-                sources,
-                as_tree=setting.as_tree,
-                on_run=lambda threshold, name=setting.name: on_progress(f"ours, {name}, {threshold}"),  # type: ignore[misc]
-            )
-        for name, base in bases.items():
-            found.setdefault(setting.name, {})[name] = simulate.compare(sources, base, runs[setting.as_tree])
+        ours = [runs["ours", f"{setting.as_tree} {value}"] for value in simulate.thresholds(setting.as_tree)]
+        for (arm, name), base in runs.items():
+            if name == setting.name:
+                found.setdefault(setting.name, {})[arm] = simulate.compare(sources, base, ours)
     return found
 
 

@@ -33,6 +33,7 @@ def bench(
         int, typer.Option("--max-prompt-tokens", help="Only the last so many tokens of a prompt; 0: all.")
     ] = 24_000,
     passes: Annotated[int, typer.Option("--passes", min=1, help="Passes of each timing; the least counts.")] = 3,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes for the quality part; timings use one.")] = 1,
     peer: Annotated[bool, typer.Option("--peer/--no-peer", help="Also run arctic-inference, where installed.")] = True,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the result here, as JSON.")] = None,
 ) -> None:
@@ -58,6 +59,7 @@ def bench(
             max_response_tokens=max_response_tokens,
             max_prompt_tokens=max_prompt_tokens,
             passes=passes,
+            jobs=jobs,
             with_peer=peer,
             on_progress=lambda what: bar.update(task, description=what),
         )

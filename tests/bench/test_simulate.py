@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from specdec.bench.peers import arctic_cache, replay_arctic
 from specdec.bench.prior import take_tokens, train_prior
-from specdec.bench.simulate import SETTINGS, compare, frontier, run_ours, run_reference
+from specdec.bench.simulate import SETTINGS, compare, run_ours, run_reference
 from specdec.bench.simulate_speed import cache_scaling, host_time, long_prompt
 from specdec.bench.traces import TokenCall
 from specdec.cli import app
@@ -25,10 +25,10 @@ def calls(number: int = 8) -> list[TokenCall]:
 
 
 def test_every_response_token_is_accounted_for():
-    work = {"a": calls()}
+    work = calls()
     for counts in (run_ours(work, threshold=0.1, as_tree=True), run_reference(work, SETTINGS[0])):
-        steps, accepted, drafted = counts["a"].T
-        lengths = np.array([len(call.response_ids) for call in work["a"]])
+        steps, accepted, drafted = counts.T
+        lengths = np.array([len(call.response_ids) for call in work])
         assert ((steps + accepted == lengths) | (steps + accepted == lengths + 1)).all()
         assert (accepted <= drafted).all()
         assert accepted.sum() > 0
@@ -36,12 +36,15 @@ def test_every_response_token_is_accounted_for():
 
 def test_arms_are_compared_at_equal_drafts():
     work = {"a": calls(), "b": calls(4)}
-    base = run_reference(work, SETTINGS[0])
-    found = compare(work, base, frontier(work, as_tree=False))
+    base = {name: run_reference(part, SETTINGS[0]) for name, part in work.items()}
+    ours = [
+        {name: run_ours(part, threshold=threshold, as_tree=False) for name, part in work.items()}
+        for threshold in (0.4, 0.1)
+    ]
+    found = compare(work, base, ours)
     assert set(found) == {"all", "tuned half", "held-out half", "sources"}
     assert set(found["sources"]) == {"a", "b"}
-    same = compare(work, base, [(0.1, base)])
-    assert same["all"]["gain_percent"] == pytest.approx(0)
+    assert compare(work, base, [base])["all"]["gain_percent"] == pytest.approx(0)
 
 
 def test_the_reference_drafts_what_counts_say():

@@ -106,7 +106,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     models = {
         "bundled": transformers.AutoModelForCausalLM.from_pretrained(_TINY, dtype=torch.float32).eval(),
-        "llama 12 layers x 768, vocabulary 32000, random": random_llama(12, 768, 32000),
+        "llama 8 layers x 512, vocabulary 16000, random": random_llama(8, 512, 16000),
     }
     rng = np.random.default_rng(0)
     results: dict[str, Any] = {}

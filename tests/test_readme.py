@@ -131,3 +131,9 @@ def test_output_with_dots_matches_anything_there_and_nothing_else():
     assert matches("a ... c\n", "a b\nb c\n")
     assert not matches("a ... c\n", "a b d\n")
     assert not matches("2.5x", "2x5x")
+
+
+def test_numbers_of_the_readme_are_those_of_the_committed_results():
+    from specdec.bench.readme_tables import render
+
+    assert render(README, ROOT) == README

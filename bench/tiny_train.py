@@ -46,7 +46,7 @@ class TrainPlan:
     adam_lr: float = 2e-4
     circuit_rate: float = 0.01  # factor of muon_lr for what the induction circuit runs through
     seed: int = 0
-    lengths: tuple[tuple[int, float], ...] = ((512, 0.65), (1024, 0.35))  # row length, share of steps
+    lengths: tuple[tuple[int, float], ...] = ((512, 0.5), (1024, 0.35), (2048, 0.15))  # row length, share of steps
     loop_every: int = 3  # steps between two lessons against the model's own loops, once the decay has begun
     mimetic: bool = True
     mixture: Mixture = Mixture()

@@ -32,6 +32,10 @@ from specdec.tree_target import TreeTarget
 
 __all__ = ["Route", "RouteKind", "TargetFactories", "choose_route"]
 
+# The probe and the self-test look at sequences of at least this length where the model takes them: with less, windows
+# cannot be told from plain causal masks and the script's trees do not fit.
+_TESTED_LENGTH = 64
+
 RouteKind: TypeAlias = Literal["tree", "chain", "plain", "refused"]
 
 
@@ -98,6 +102,7 @@ def choose_route(
     if refusal is not None:
         return Route("refused", (refusal,))
     factories = factories or TargetFactories()
+    max_length = max(max_length, min(_TESTED_LENGTH, _stated_length(model)))
     calls, tree_problem = _probed(model, max_length)
     if not self_test:
         return Route("tree", (), calls) if tree_problem is None else Route("chain", (f"tree: {tree_problem}",), calls)
@@ -127,6 +132,11 @@ def choose_route(
         return Route("chain", tuple(reasons), calls, can_draft=False)
     reasons.append(f"chain without drafts: {problem}")
     return Route("plain", tuple(reasons), calls)
+
+
+def _stated_length(model: Any) -> int:
+    """The longest context that the configuration states; 0 if it states none."""
+    return int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0)
 
 
 def _without_drafts(

@@ -549,6 +549,8 @@ def test_an_exception_loses_no_token_and_leaves_the_engine_usable(where: str, fa
     assert all(str(error) == "boom" for error in errors)
     if where == "criterion" and errors:
         assert errors[0].__notes__ == ["raised by the stopping criteria of request 'b'"]
+    if where == "processor" and errors:
+        assert errors[0].__notes__ == ["raised by a logits processor of request 'b'"]
     assert collect(outputs) == plain(clean)
     assert [output.finish_reason for output in outputs if output.finish_reason] == ["length"] * 3
     assert_empty(engine)

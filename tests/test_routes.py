@@ -42,6 +42,11 @@ def test_models_with_ordinary_attention_take_the_tree_path(name):
     assert route.calls
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "phi3"])
+def test_a_short_limit_does_not_cost_a_model_its_path(name):
+    assert choose_route(ARCHITECTURES[name](), max_length=4).kind == "tree"
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

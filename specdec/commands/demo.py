@@ -63,8 +63,8 @@ def demo(
 
 
 def _show(outcome: DemoResult) -> None:
-    first = outcome.edits[0]
-    printing.text(f"{first.instruction}\n\n{first.diff}\n\n")
+    shown = next((edit for edit in outcome.edits if edit.diff), outcome.edits[0])
+    printing.text(f"{shown.instruction}\n\n{shown.diff or 'The model returned the source unchanged.'}\n\n")
     header = (
         f"{'edit':<18} {'tokens':>6} {'plain':>9} {outcome.drafter:>9} {'speed-up':>9} {'per step':>9}  same tokens"
     )

@@ -116,7 +116,11 @@ class PerNode(Op):
                     if above in impossible or float(scores[above, token]) == -float("inf"):
                         impossible.add(row)
                         continue
-                scores[row] = op._call(nodes.prefix_ids(row), scores[row : row + 1].clone())
+                try:
+                    scores[row] = op._call(nodes.prefix_ids(row), scores[row : row + 1].clone())
+                except Exception as error:
+                    error.add_note(f"raised by a logits processor of request {nodes.states[request].request_id!r}")
+                    raise
 
     def _call(self, prefix_ids: Tensor, scores: Tensor) -> Tensor:
         result = self._processor(prefix_ids, scores)

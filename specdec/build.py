@@ -20,19 +20,29 @@ from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine
 from specdec.errors import ConfigError, UnsupportedError
 from specdec.plain_target import PlainTarget
-from specdec.protocols import Controller, Drafter, Observer, TargetModel
+from specdec.protocols import Controller, Drafter, Observer, TargetModel, Verifier
 from specdec.rope import freeze_rope
 from specdec.routes import Route, choose_route
 from specdec.sampling import Sampler
 from specdec.tree_target import TreeTarget, kv_bytes_per_token
 from specdec.verifier.match import MatchVerifier
+from specdec.verifier.ratio_rules import RULES
+from specdec.verifier.rejection import RejectionVerifier
+from specdec.verifier.typical import TypicalVerifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["DRAFTERS", "build_drafter", "build_engine", "build_target", "model_max_length"]
+__all__ = [
+    "DRAFTERS",
+    "VERIFIERS",
+    "build_drafter",
+    "build_engine",
+    "build_target",
+    "model_max_length",
+]
 
 # Name on the command line and in ``speculate`` -> class; options are the class's keyword arguments.
 DRAFTERS: Mapping[str, Callable[..., Drafter]] = {
@@ -42,6 +52,8 @@ DRAFTERS: Mapping[str, Callable[..., Drafter]] = {
     "lookahead": LookaheadDrafter,
     "recycling": RecyclingDrafter,
 }
+
+VERIFIERS = ("match", *RULES, "typical")
 
 _DEFAULT_MAX_LENGTH = 32_768  # for models that state no limit, such as recurrent ones
 _MAX_CHAIN = 64  # a chain of retrieved tokens is seldom right for longer
@@ -64,6 +76,16 @@ def build_drafter(drafter: str | Drafter, **options: Any) -> Drafter:
         return DRAFTERS[drafter](**options)
     except TypeError as error:
         raise ConfigError(f"drafter {drafter!r}: {error}") from None
+
+
+def _build_verifier(name: str, sampler: Sampler) -> Verifier:
+    """A verifier from its name, one of ``VERIFIERS``; one that is not lossless says so in the log."""
+    if name == "match":
+        return MatchVerifier(sampler)
+    if name in RULES:
+        return RejectionVerifier(sampler, name)
+    logger.warning("the verifier %r is lossy: sampled text does not follow the model's law", name)
+    return TypicalVerifier(sampler)
 
 
 def model_max_length(model: PreTrainedModel) -> int:
@@ -125,6 +147,7 @@ def build_engine(
     drafter: str | Drafter = "ngram",
     *,
     budget: int | None = None,
+    verifier: str = "match",
     controller: Controller | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     drafter_options: Mapping[str, Any] | None = None,
@@ -138,6 +161,8 @@ def build_engine(
         model: the target, in evaluation mode.
         drafter: a name (see ``DRAFTERS``) or an object.
         budget: most draft tokens per request and step; 0: plain decoding. None: follows what is accepted.
+        verifier: ``match``, a rejection rule (``chain``, ``block``, ``specinfer``, ``rrsw``, ``traversal``), or the
+            lossy ``typical``.
         controller: decides budgets in place of ``budget``.
         tokenizer: for stop strings.
         drafter_options: keyword arguments of the named drafter.
@@ -150,9 +175,11 @@ def build_engine(
 
     Raises:
         ConfigError: an option breaks its rule.
-        UnsupportedError: the model cannot be served.
+        UnsupportedError: the model cannot be served, or the verifier cannot judge what the drafter guesses.
     """
     config = EngineConfig.of(**options)
+    if verifier not in VERIFIERS:
+        raise ConfigError(f"verifier must be one of {', '.join(VERIFIERS)}, got {verifier!r}")
     if controller is not None and budget is not None:
         raise ConfigError("give a budget or a controller, not both")
     controller = controller or (BackoffController() if budget is None else FixedController(budget))
@@ -162,9 +189,9 @@ def build_engine(
         target = build_target(model, config, route=route)
         for notice in frozen.notices:
             logger.warning("%s", notice)
-        verifier = MatchVerifier(Sampler(target.vocab_size, device=model.device))
+        judge = _build_verifier(verifier, Sampler(target.vocab_size, device=model.device))
         return Engine(
-            target, verifier, guesser, controller, tokenizer=tokenizer, config=config, observers=observers,
+            target, judge, guesser, controller, tokenizer=tokenizer, config=config, observers=observers,
             on_close=frozen.restore,
         )  # fmt: skip
     except BaseException:

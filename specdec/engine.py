@@ -69,6 +69,7 @@ class Engine:
     ) -> None:
         if drafter.needs.hidden_layers:
             raise UnsupportedError(f"{type(drafter).__name__} reads hidden states, which this target does not give")
+        _check_pair(verifier, drafter)
         self.target = target
         self.verifier = verifier
         self.drafter = drafter
@@ -304,6 +305,18 @@ class Engine:
             raise RequestError(
                 f"one request must fit the KV pool, but this one may need {needed} tokens: raise kv_tokens"
             )
+
+
+def _check_pair(verifier: Verifier, drafter: Drafter) -> None:
+    """A rule that reads draft laws is lossless only for drafts that were drawn from them as it assumes."""
+    if verifier.draws is None:
+        return
+    name, needs = type(drafter).__name__, drafter.needs
+    if needs.needs_match or needs.draws is None:
+        raise UnsupportedError(f"{name} needs the match rule: its drafts are not draws from laws that it states")
+    if needs.draws not in verifier.draws:
+        wanted = " or ".join(sorted(verifier.draws))
+        raise UnsupportedError(f"this verifier needs drafts drawn as {wanted}, and {name} draws {needs.draws}")
 
 
 def _events(

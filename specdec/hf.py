@@ -114,7 +114,7 @@ def speculate(
         seed: of the keyed noise when sampling; row r of the batch uses a seed derived from (seed, r). None: one is
             drawn from torch's generator, so ``torch.manual_seed`` makes a call repeatable.
         drafter_options: keyword arguments of the named drafter.
-        **options: fields of ``EngineConfig``.
+        **options: fields of ``EngineConfig``, and ``verifier`` as in ``build_engine``.
 
     Raises:
         ConfigError: an option breaks its rule.

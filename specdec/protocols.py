@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from specdec.types import Chunk, DraftTree, RequestState, StepEvent, TargetOutput, VerifyResult
 
-__all__ = ["Controller", "Drafter", "DrafterNeeds", "Load", "Observer", "TargetModel", "Verifier"]
+__all__ = ["Controller", "Drafter", "DrafterNeeds", "Draws", "Load", "Observer", "TargetModel", "Verifier"]
+
+# How the tokens of a tree were drawn from the laws that it states; siblings stand in the order of their draws.
+Draws: TypeAlias = Literal["chain", "with_replacement", "without_replacement"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,12 +25,13 @@ class DrafterNeeds:
     Args:
         hidden_layers: target layers whose output states it reads, as indices into ``output_hidden_states``.
         needs_match: its choices depend on drawn tokens, so only the match rule is lossless with it.
-        draft_probs: it fills ``DraftTree.draft_probs``.
+        draws: it fills ``DraftTree.draft_probs`` and draws from them like this; None: it states no laws, so that the
+            rejection rules cannot judge it.
     """
 
     hidden_layers: tuple[int, ...] = ()
     needs_match: bool = False
-    draft_probs: bool = False
+    draws: Draws | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +112,15 @@ class TargetModel(Protocol):
 
 @runtime_checkable
 class Verifier(Protocol):
-    """Decides what the target would have produced itself."""
+    """Decides what the target would have produced itself.
+
+    Attributes:
+        draws: how drafts must have been drawn for its law to be the target's; None: it does not matter.
+        is_lossless: False: what it emits is not a draw from the target's law.
+    """
+
+    draws: frozenset[Draws] | None
+    is_lossless: bool
 
     def start(self, state: RequestState) -> None:
         """Take up a request: compile its processors."""
@@ -116,7 +128,7 @@ class Verifier(Protocol):
     def verify(
         self, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput
     ) -> list[VerifyResult]:
-        """One result per tree. Must not depend on batch order, neighbours, or anything but (law, seed, position)."""
+        """One result per tree. Must not depend on batch order or neighbours; match on (law, seed, position) only."""
 
     def commit(self, state: RequestState, emitted_ids: Sequence[int]) -> None:
         """Follow a request's committed tokens (token counts of penalties); called before they are appended."""

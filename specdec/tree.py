@@ -22,7 +22,8 @@ class DraftTree:
 
     Args:
         token_ids: [N] int32; ``token_ids[0]`` is the root.
-        parents: [N] int32; ``parents[0] = -1`` and ``parents[i] < i``. Siblings carry different tokens.
+        parents: [N] int32; ``parents[0] = -1`` and ``parents[i] < i``. Siblings carry different tokens, unless
+            ``draft_probs`` says that they were drawn: with replacement, equal draws are nodes of their own.
         values: [N] float32: calibrated probability that the path to the node is accepted; ``values[0] = 1``.
         sources: [N] uint8: which drafter proposed the node (0 = the only one).
         draft_probs: [N, V] or None: row i is q over the children of node i. Only the rejection rules read it.
@@ -92,14 +93,20 @@ class DraftTree:
         return bool((self.parents == np.arange(-1, len(self) - 1)).all())
 
     def to_chain(self) -> DraftTree:
-        """The chain from the root that follows the best-valued child (the first one without values)."""
+        """The chain from the root that follows the best-valued child.
+
+        Without values, or where the tree states draft laws, it follows the first child: the first draw is an honest
+        draw, while the best of several draws is not.
+        """
         if self.is_chain:
             return self
         best: dict[int, int] = {}
         for node in range(1, len(self)):
             parent = int(self.parents[node])
             rival = best.get(parent)
-            if rival is None or (self.values is not None and self.values[node] > self.values[rival]):
+            if rival is None or (
+                self.values is not None and self.draft_probs is None and self.values[node] > self.values[rival]
+            ):
                 best[parent] = node
         nodes = [0]
         while nodes[-1] in best:
@@ -123,5 +130,5 @@ class DraftTree:
         if self.values is not None and not (self.values[0] == 1 and ((self.values >= 0) & (self.values <= 1)).all()):
             raise ValueError(f"values must be in [0, 1] and 1 at the root, got {self.values.tolist()}")
         edges = {(int(p), int(t)) for p, t in zip(self.parents[1:], self.token_ids[1:], strict=True)}
-        if len(edges) != self.num_draft_tokens:
+        if len(edges) != self.num_draft_tokens and self.draft_probs is None:
             raise ValueError("siblings must carry different tokens")

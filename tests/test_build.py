@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from specdec.build import DRAFTERS, build_drafter, build_engine, build_target, model_max_length
+from specdec.build import DRAFTERS, VERIFIERS, build_drafter, build_engine, build_target, model_max_length
 from specdec.chain_target import ChainTarget
 from specdec.config import EngineConfig
 from specdec.drafters.ngram import NgramDrafter
@@ -41,6 +41,23 @@ def test_unknown_drafter_names_the_known_ones():
 def test_unknown_option_of_a_drafter_names_it():
     with pytest.raises(ConfigError, match="drafter 'ngram': .*'depth'"):
         build_drafter("ngram", depth=3)
+
+
+def test_unknown_verifier_names_the_known_ones():
+    with pytest.raises(ConfigError, match="verifier must be one of match, chain, .*, typical, got 'nonsense'"):
+        build_engine(tiny_llama(), "none", verifier="nonsense")
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS[1:-1])
+def test_a_drafter_that_states_no_laws_is_refused_with_the_rejection_rules(verifier):
+    with pytest.raises(UnsupportedError, match="NgramDrafter needs the match rule"):
+        build_engine(tiny_llama(), "ngram", verifier=verifier)
+
+
+def test_the_lossy_verifier_says_that_it_is(caplog):
+    with build_engine(tiny_llama(), "ngram", verifier="typical") as engine:
+        assert not engine.verifier.is_lossless
+    assert "'typical' is lossy" in caplog.text
 
 
 def test_options_for_a_ready_drafter_are_refused():

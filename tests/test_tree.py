@@ -84,7 +84,6 @@ def test_to_chain_follows_the_best_values_and_keeps_what_belongs_to_the_nodes() 
         [-1, 0, 0, 1, 2, 2],
         values=np.array([1, 0.3, 0.6, 0.3, 0.2, 0.4], dtype=np.float32),
         sources=np.array([0, 1, 2, 1, 2, 3], dtype=np.uint8),
-        draft_probs=torch.arange(6.0)[:, None].expand(6, 8),
     )
     chain = tree.to_chain()
     assert chain.token_ids.tolist() == [7, 2, 6]
@@ -93,8 +92,22 @@ def test_to_chain_follows_the_best_values_and_keeps_what_belongs_to_the_nodes() 
     assert chain.values.tolist() == pytest.approx([1, 0.6, 0.4])
     assert chain.sources is not None
     assert chain.sources.tolist() == [0, 2, 3]
+
+
+def test_to_chain_follows_the_first_draw_where_draft_laws_are_stated() -> None:
+    chain = tree_of(
+        [7, 1, 2, 4, 5, 6],
+        [-1, 0, 0, 1, 2, 2],
+        values=np.array([1, 0.3, 0.6, 0.3, 0.2, 0.4], dtype=np.float32),
+        draft_probs=torch.arange(6.0)[:, None].expand(6, 8),
+    ).to_chain()
+    assert chain.token_ids.tolist() == [7, 1, 4]
     assert chain.draft_probs is not None
-    assert chain.draft_probs[:, 0].tolist() == [0, 2, 5]
+    assert chain.draft_probs[:, 0].tolist() == [0, 1, 3]
+
+
+def test_equal_draws_are_allowed_where_draft_laws_are_stated() -> None:
+    tree_of([1, 2, 2], [-1, 0, 0], draft_probs=torch.ones(3, 9)).check(9)
 
 
 @given(seed=SEEDS)

@@ -19,6 +19,7 @@ import numpy as np
 from numba import njit
 
 from specdec.errors import InternalError
+from specdec.protocols import Draws
 from specdec.types import DraftTree, IntArray, RequestState, TargetOutput, VerifyResult
 
 __all__ = ["MatchVerifier", "TargetSampler", "match_walk"]
@@ -92,6 +93,9 @@ class MatchVerifier:
     Args:
         sampler: draws the target's tokens.
     """
+
+    draws: frozenset[Draws] | None = None  # any draft will do
+    is_lossless = True
 
     def __init__(self, sampler: TargetSampler) -> None:
         self._sampler = sampler

@@ -40,6 +40,8 @@ class CarelessVerifier:
     def __init__(self, verifier: Verifier, *, every: int) -> None:
         self._verifier = verifier
         self._every = every
+        self.draws = verifier.draws
+        self.is_lossless = False
 
     def start(self, state: RequestState) -> None:
         self._verifier.start(state)

@@ -22,6 +22,7 @@ from specdec.commands.options import (
     ModelOption,
     SeedOption,
     TemperatureOption,
+    VerifierOption,
 )
 from specdec.errors import ConfigError, LoadError, UnsupportedError
 
@@ -83,6 +84,7 @@ def generate(
     ] = False,
     drafter: DrafterOption = "ngram",
     budget: BudgetOption = None,
+    verifier: VerifierOption = "match",
     max_new_tokens: MaxNewTokensOption = 128,
     temperature: TemperatureOption = 0.0,
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="Draw from the k likeliest tokens; 0 is off.")] = 0,
@@ -114,15 +116,19 @@ def generate(
     guesser = build_drafter(drafter)
     loaded = load_model(model, dtype=dtype, device=device)
     assert loaded.tokenizer is not None  # load_model requires one
-    engine = build_engine(loaded.model, guesser, budget=budget, tokenizer=loaded.tokenizer, max_batch_size=1)
+    engine = build_engine(
+        loaded.model, guesser, budget=budget, verifier=verifier, tokenizer=loaded.tokenizer, max_batch_size=1
+    )
     if not ignore_eos:
         sampling = replace(sampling, stop_token_ids=loaded.eos_ids)
     request = Request("cli", _encode(loaded, words, chat=chat), sampling)
     done = _run(engine, request, loaded.tokenizer, is_streamed=not as_json)
     if as_json:
-        printing.result({"model": model, "drafter": drafter, "budget": budget, "seed": seed} | done.as_json())
+        given = {"model": model, "drafter": drafter, "budget": budget, "verifier": verifier, "seed": seed}
+        printing.result({**given, "is_lossless": engine.verifier.is_lossless, **done.as_json()})
     else:
-        printing.note(f"\n{done.summary()}")
+        lossy = "" if engine.verifier.is_lossless else f"; LOSSY: {verifier} changes the law of the text"
+        printing.note(f"\n{done.summary()}{lossy}")
 
 
 def _prompt(prompt: str | None, prompt_file: str | None) -> str:

@@ -18,6 +18,7 @@ __all__ = [
     "ModelOption",
     "SeedOption",
     "TemperatureOption",
+    "VerifierOption",
 ]
 
 ModelOption = Annotated[
@@ -28,6 +29,14 @@ DrafterOption = Annotated[
 ]
 BudgetOption = Annotated[
     int | None, typer.Option("--budget", min=0, help="Most draft tokens per step; 0 is plain decoding.")
+]
+VerifierOption = Annotated[
+    str,
+    typer.Option(
+        "--verifier",
+        help="match: any drafter, the same text for a seed. chain, block, specinfer, rrsw, traversal: the same law, for"
+        " drafters that state draft laws. typical: LOSSY.",
+    ),
 ]
 MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after that many tokens.")]
 TemperatureOption = Annotated[float, typer.Option("--temperature", "-t", min=0, help="0 is greedy.")]

@@ -48,6 +48,14 @@ def test_text_is_the_same_whoever_drafts(model_dir: str, law: tuple[str, ...]):
     assert drafted["num_drafted"] != 0
 
 
+def test_a_lossy_verifier_is_marked_wherever_its_result_shows(model_dir: str):
+    common = ("-m", model_dir, "-p", "x = 1", "-n", "4")
+    assert run_json(*common)["is_lossless"] is True
+    assert run_json(*common, "--verifier", "typical")["is_lossless"] is False
+    assert "LOSSY" in run(*common, "--verifier", "typical").stderr
+    assert "LOSSY" not in run(*common).stderr
+
+
 def test_budget_zero_is_plain_decoding(model_dir: str):
     values = run_json("-m", model_dir, "-p", PROMPT, "-n", "5", "--drafter", "ngram", "--budget", "0")
     assert (values["num_drafted"], values["acceptance_length"]) == (0, 1.0)

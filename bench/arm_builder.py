@@ -5,6 +5,7 @@ arctic-inference's suffix tree is measured inside our engine, as a drafter: same
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,7 @@ def build_arms(
 
     Args:
         names: of arms; ``plain`` is our engine without a drafter, ``NAME@4`` gives one arm another budget.
-        model: the target of all.
+        model: the target of all; arms of transformers get a copy where other arms would pack its weights.
         budget: most draft tokens per step of our drafters; None: follows what is accepted.
         assistant: the small model of ``assisted``.
         **options: of the engines.
@@ -117,10 +118,14 @@ def build_arms(
         raise ConfigError(f"arms must have different names, got {', '.join(names)}")
     for name in names:
         _check(name)
+    # Engines pack the weights of a model on the CPU; what transformers does is measured on a model that nobody changed.
+    is_peer = {name: name.partition("@")[0] in PEERS and not name.startswith("arctic") for name in names}
+    unchanged = copy.deepcopy(model) if any(is_peer.values()) and not all(is_peer.values()) else model
     # Engines look for the best path of the model when they are built; it is the same for all.
     with freeze_rope(model, model_max_length(model)):
         route = choose_route(model, max_length=model_max_length(model))
-    return [_build(name, model, budget, assistant, {**options, "route": route}) for name in names]
+    options["route"] = route
+    return [_build(name, unchanged if is_peer[name] else model, budget, assistant, options) for name in names]
 
 
 def _check(name: str) -> None:

@@ -1,6 +1,6 @@
 """The arms of a benchmark: each does the same call in its own way and says what it cost.
 
-Ours go through the engine, the peers through ``model.generate`` of the same model object. An arm never sees the
+Ours go through the engine, the peers through ``model.generate`` of the same weights. An arm never sees the
 recorded answer other than through the processor that all arms share.
 """
 
@@ -216,7 +216,7 @@ class GenerateArm:
 
     Args:
         name: of the arm.
-        model: the target; the same object as the other arms'.
+        model: the target; a copy if other arms pack the weights of theirs.
         assistant: a small model for assisted generation.
         **config: fields of ``GenerationConfig``, such as ``prompt_lookup_num_tokens``.
     """

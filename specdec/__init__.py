@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from specdec.build import build_engine
     from specdec.engine import Engine
     from specdec.hf import speculate
+    from specdec.packed_linear import unpack_linears
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,9 +28,15 @@ __all__ = [
     "__version__",
     "build_engine",
     "speculate",
+    "unpack_linears",
 ]
 
-_LAZY = {"Engine": "specdec.engine", "build_engine": "specdec.build", "speculate": "specdec.hf"}
+_LAZY = {
+    "Engine": "specdec.engine",
+    "build_engine": "specdec.build",
+    "speculate": "specdec.hf",
+    "unpack_linears": "specdec.packed_linear",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ from specdec.drafters.recycling import RecyclingDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine
 from specdec.errors import ConfigError, UnsupportedError
+from specdec.packed_linear import pack_linears, packing_obstacle, unpack_linears
 from specdec.plain_target import PlainTarget
 from specdec.protocols import Controller, Drafter, Observer, TargetModel, Verifier
 from specdec.rope import freeze_rope
@@ -41,6 +42,7 @@ __all__ = [
     "build_drafter",
     "build_engine",
     "build_target",
+    "may_pack",
     "model_max_length",
 ]
 
@@ -127,6 +129,20 @@ def build_target(model: PreTrainedModel, config: EngineConfig, *, route: Route |
     )
 
 
+def may_pack(model: PreTrainedModel, config: EngineConfig) -> bool:
+    """True if the model's linear layers are to be packed and can be.
+
+    Raises:
+        ConfigError: ``packed=True`` for a model that cannot be packed.
+    """
+    if config.packed is False:
+        return False
+    obstacle = packing_obstacle(model)
+    if obstacle is not None and config.packed is True:
+        raise ConfigError(f"packed=True is impossible here: {obstacle}")
+    return obstacle is None
+
+
 def _require_one_device(model: PreTrainedModel) -> None:
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
@@ -170,8 +186,8 @@ def build_engine(
         route: what ``choose_route`` found before for this model and length; None: it is asked now.
         **options: fields of ``EngineConfig``.
 
-    Effects: rotary embeddings whose frequencies follow the sequence length are frozen for the engine's longest request
-        until ``Engine.close``; all other models are left as they are.
+    Effects: until ``Engine.close``, linear layers of a model on the CPU are packed (see ``specdec.packed_linear``), and
+        rotary embeddings whose frequencies follow the sequence length are frozen for the engine's longest request.
 
     Raises:
         ConfigError: an option breaks its rule.
@@ -185,15 +201,23 @@ def build_engine(
     controller = controller or (BackoffController() if budget is None else FixedController(budget))
     guesser = build_drafter(drafter, **(drafter_options or {}))
     frozen = freeze_rope(model, config.max_length or model_max_length(model))
+    holder = object()
+
+    def give_back() -> None:
+        frozen.restore()
+        unpack_linears(model, holder)
+
     try:
         target = build_target(model, config, route=route)
+        if may_pack(model, config):
+            pack_linears(model, holder)
         for notice in frozen.notices:
             logger.warning("%s", notice)
         judge = _build_verifier(verifier, Sampler(target.vocab_size, device=model.device))
         return Engine(
             target, judge, guesser, controller, tokenizer=tokenizer, config=config, observers=observers,
-            on_close=frozen.restore,
+            on_close=give_back,
         )  # fmt: skip
     except BaseException:
-        frozen.restore()
+        give_back()
         raise

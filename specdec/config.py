@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -27,6 +27,11 @@ class EngineConfig(BaseModel):
     max_length: int | None = Field(default=None, ge=2, description="most tokens of one request; None: the model's own")
     kv_tokens: int | None = Field(
         default=None, ge=2, description="tokens that the KV pool holds over all requests; None: from free memory"
+    )
+
+    packed: Literal["auto", True, False] = Field(
+        default="auto",
+        description="keep linear weights in the layout that the CPU multiplies fastest; auto: where that is possible",
     )
 
     @classmethod

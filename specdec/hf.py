@@ -26,9 +26,11 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from specdec.build import build_drafter, build_engine, model_max_length
+from specdec.build import build_drafter, build_engine, may_pack, model_max_length
+from specdec.config import EngineConfig
 from specdec.engine import Engine
 from specdec.errors import ConfigError, RequestError, UnsupportedError
+from specdec.packed_linear import pack_linears
 from specdec.protocols import Controller, Drafter
 from specdec.rope import freeze_rope
 from specdec.routes import Route, choose_route
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Speculation", "SpeculationStats", "SpeculativeOutput", "speculate"]
 
+_HOLDER = "speculate"  # of packed weights
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: the rows of a batch get well-separated seeds
 # Model inputs that generate() adds by itself and that the engine derives anew.
 _DERIVED_INPUTS = frozenset({"attention_mask", "position_ids", "use_cache", "logits_to_keep", "past_key_values"})
@@ -115,6 +118,9 @@ def speculate(
             drawn from torch's generator, so ``torch.manual_seed`` makes a call repeatable.
         drafter_options: keyword arguments of the named drafter.
         **options: fields of ``EngineConfig``, and ``verifier`` as in ``build_engine``.
+
+    Effects: on a CPU the model's linear weights stay packed after the first call, so that the next one starts at once;
+        ``specdec.unpack_linears(model)`` brings them back, ``packed=False`` leaves them alone.
 
     Raises:
         ConfigError: an option breaks its rule.
@@ -206,6 +212,8 @@ class Speculation:
 
     def _engine(self, model: PreTrainedModel, requests: Sequence[Request]) -> Engine:
         limits = self._limits(requests)
+        if may_pack(model, EngineConfig.of(**limits)):
+            pack_linears(model, _HOLDER)  # beyond this call: packing a large model takes as long as many tokens
         return build_engine(
             model,
             self.drafter,

@@ -1,0 +1,288 @@
+"""Linear layers whose weights lie in memory in the order in which a CPU matrix product reads them.
+
+oneDNN can bring a weight into its own blocked layout once; a plain ``nn.Linear`` does that in every call, or reads with
+large strides. Packing *replaces* layers for as long as somebody holds it: the dense weight is freed and comes back, bit
+for bit, when the last holder lets go. A matrix that the input embedding shares is packed where the embedding can read
+its rows from the packed layout, else it stays dense for both. So no weight is held twice.
+
+Packed and dense products differ in rounding only. From two rows on, a row's bits do not depend on how many other rows
+there are; ``numerics="strict"`` builds on that.
+
+Source: oneDNN's inner product primitive and its opaque weight formats, through torch's ``mkldnn`` operators.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from specdec.errors import UnsupportedError
+
+__all__ = ["PackedEmbedding", "PackedLinear", "pack_linears", "packing_obstacle", "unpack_linears"]
+
+_LANES: Final = 64  # output features side by side in the blocked layout
+# Elements below which a dense product of one row is faster: there a call's fixed cost is what counts (10 us against 2
+# in float32, where a dense row goes straight to MKL; dense bfloat16 goes through oneDNN anyway and repacks).
+_LEAST_ELEMENTS: Final = {torch.float32: 1 << 18, torch.bfloat16: 1 << 13}
+
+
+class _Packed(nn.Module):
+    """What both kinds of packed layers share: who holds them, and the dense layer that they stand for."""
+
+    def __init__(self, dense: nn.Linear | nn.Embedding, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False) if weight.is_mkldnn else dense.weight
+        self.holders: set[Hashable] = set()
+        self._hidden = (dense,)  # in a tuple, so that it is no submodule
+
+    def dense_weight(self) -> torch.Tensor:
+        """[N, K] strided: the weight as it was."""
+        return self.weight.to_dense() if self.weight.is_mkldnn else self.weight.data
+
+    def restored(self) -> nn.Module:
+        """The dense layer, its weight in place again."""
+        (dense,) = self._hidden
+        if self.weight.is_mkldnn and dense.weight.numel() == 0:  # a tied weight comes back once
+            dense.weight.data = self.dense_weight()
+        return dense
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        """A copy of a packed model is an ordinary one."""
+        (dense,) = self._hidden
+        if id(dense.weight) not in memo:
+            memo[id(dense.weight)] = nn.Parameter(self.dense_weight().clone(), dense.weight.requires_grad)
+        return copy.deepcopy(dense, memo)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.dense_weight()
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        raise UnsupportedError("weights cannot be loaded into a packed model: close its engines, or unpack_linears(it)")
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        before = torch.empty(1, dtype=self.weight.dtype)
+        after = fn(before)
+        if (after.dtype, after.device) != (before.dtype, before.device):
+            raise UnsupportedError(
+                f"packed weights cannot become {after.dtype} on {after.device}: close the model's engines first, "
+                "or unpack_linears(it)"
+            )
+        return self
+
+
+class PackedLinear(_Packed):
+    """Stands in for an ``nn.Linear``, for inference.
+
+    Args:
+        dense: the layer.
+        weight: [N, K] packed, or ``dense.weight`` itself where that is shared and cannot be packed.
+    """
+
+    def __init__(self, dense: nn.Linear, weight: torch.Tensor) -> None:
+        super().__init__(dense, weight)
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        self.bias = dense.bias
+        self.strict_holders: set[Hashable] = set()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., N] from x [..., K].
+
+        Raises:
+            UnsupportedError: gradients would be lost here.
+        """
+        if x.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedError("packed weights cannot be trained: close the model's engines, or unpack_linears(it)")
+        rows = x.reshape(-1, self.in_features)
+        num_rows = len(rows)
+        if num_rows == 1 and self.strict_holders:  # one row alone may take another path through oneDNN
+            rows = torch.cat((rows, rows))
+        out = torch.ops.mkldnn._linear_pointwise.default(rows, self.weight, self.bias, "none", [], "")
+        return out[:num_rows].view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
+
+
+class PackedEmbedding(_Packed):
+    """Stands in for an ``nn.Embedding`` whose matrix a packed linear layer shares, and reads its rows from there.
+
+    Args:
+        dense: the layer.
+        weight: [N, K] packed.
+        rows: the same memory as ``_packed_rows`` sees it.
+    """
+
+    def __init__(self, dense: nn.Embedding, weight: torch.Tensor, rows: torch.Tensor) -> None:
+        super().__init__(dense, weight)
+        self.num_embeddings, self.embedding_dim = dense.num_embeddings, dense.embedding_dim
+        self.padding_idx = dense.padding_idx
+        self._rows = (rows,)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[..., K] from ids [...] int64.
+
+        Raises:
+            IndexError: an id is outside [0, N).
+        """
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
+            raise IndexError(f"ids must be in [0, {self.num_embeddings}), got {int(ids.min())} to {int(ids.max())}")
+        found = _gather(self._rows[0], ids.reshape(-1), self.embedding_dim)
+        return found.view(*ids.shape, self.embedding_dim)
+
+
+def packing_obstacle(model: nn.Module) -> str | None:
+    """Why the model's linear layers cannot be packed, in words; None: they can."""
+    devices = sorted({parameter.device.type for parameter in model.parameters()})
+    if devices != ["cpu"]:
+        return f"packing is for models on the CPU, this one is on {', '.join(devices) or 'no device'}"
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return f"torch {torch.__version__} was built without the oneDNN operators that packing needs"
+    dtypes = {layer.weight.dtype for _, _, layer in _children(model, nn.Linear)}
+    if not dtypes & set(_LEAST_ELEMENTS):
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        return f"no linear layer is in float32 or bfloat16 ({names or 'there are none'})"
+    if torch.float32 not in dtypes and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "this CPU has no bfloat16 arithmetic that oneDNN can use"
+    return None
+
+
+def pack_linears(model: nn.Module, holder: Hashable, *, strict: bool = False) -> int:
+    """Pack every linear layer for which it pays, until ``holder`` lets go.
+
+    Layers with hooks, or whose forward somebody replaced, stay as they are.
+
+    Args:
+        model: in evaluation mode, without a ``packing_obstacle``.
+        holder: names who holds; packing twice for one holder is packing once.
+        strict: pack layers of every size, and make single rows take the same way as many.
+
+    Returns:
+        How many layers are now held.
+
+    Raises:
+        UnsupportedError: ``strict``, and a layer cannot be packed.
+    """
+    users = _users_of_weights(model)
+    done: dict[int, nn.Module] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for parent, name, layer in list(_children(model, nn.Linear)):
+            if id(layer) in done:
+                setattr(parent, name, done[id(layer)])
+                continue
+            if not (_is_free(layer) and layer.weight.dtype in _LEAST_ELEMENTS and layer.weight.numel()):
+                if strict:
+                    raise UnsupportedError(
+                        f"strict numerics need every linear layer packed, but {name!r} of {type(parent).__name__} has "
+                        f"hooks, a forward of its own, or dtype {layer.weight.dtype}"
+                    )
+                continue
+            if strict or layer.weight.numel() >= _LEAST_ELEMENTS[layer.weight.dtype]:
+                done[id(layer)] = _replace(parent, name, layer, users[id(layer.weight)])
+    held = 0
+    for _, _, packed in _children(model, _Packed):
+        packed.holders.add(holder)
+        if isinstance(packed, PackedLinear):
+            held += 1
+            if strict:
+                packed.strict_holders.add(holder)
+    return held
+
+
+def unpack_linears(model: nn.Module, holder: Hashable | None = None) -> None:
+    """Let go of a model's packed layers; those that nobody holds any more become what they were, bit for bit.
+
+    Args:
+        model: packed or not.
+        holder: who lets go; None: everybody.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        places = [(parent, name) for parent, name, _ in _children(model, _Packed)]
+        for parent, name in places:  # one at a time, so that only one layer is there twice
+            packed = parent._modules[name]
+            assert isinstance(packed, _Packed)
+            gone = set(packed.holders) if holder is None else {holder}
+            packed.holders -= gone
+            if isinstance(packed, PackedLinear):
+                packed.strict_holders -= gone
+            if not packed.holders:
+                setattr(parent, name, packed.restored())
+
+
+def _children(model: nn.Module, kind: type[Any]) -> Iterator[tuple[nn.Module, str, Any]]:
+    """(parent, name, child) of every place that holds a layer of ``kind``; for torch's own kinds exactly that class."""
+    is_exact = kind in (nn.Linear, nn.Embedding)
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if type(child) is kind if is_exact else isinstance(child, kind):
+                yield parent, name, child
+
+
+def _users_of_weights(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, nn.Module]]]:
+    """Id of a parameter -> the places (parent, name) of the layers that own it."""
+    users: dict[int, list[tuple[nn.Module, str, nn.Module]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            for parameter in child._parameters.values() if child is not None else ():
+                if parameter is not None and child is not None:
+                    users.setdefault(id(parameter), []).append((parent, name, child))
+    return users
+
+
+def _is_free(layer: nn.Module) -> bool:
+    """True if nobody watches the layer or calls something else in its place."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return not any(hooks) and "forward" not in layer.__dict__
+
+
+def _replace(
+    parent: nn.Module, name: str, layer: nn.Linear, users: list[tuple[nn.Module, str, nn.Module]]
+) -> PackedLinear:
+    """Put a packed layer where ``layer`` is; free the dense weight unless others read it."""
+    others = [user for user in users if user[2] is not layer]
+    embeddings = [(place, attribute, user) for place, attribute, user in others if _can_read_packed(user)]
+    packed = _reorder(layer.weight.data)
+    rows = _packed_rows(packed, layer.weight.data) if others else None
+    can_free = not others or (rows is not None and len(embeddings) == len(others))
+    made = PackedLinear(layer, packed if can_free else layer.weight.data)
+    setattr(parent, name, made)
+    if can_free:
+        for place, attribute, embedding in embeddings:
+            assert isinstance(embedding, nn.Embedding)
+            assert rows is not None
+            setattr(place, attribute, PackedEmbedding(embedding, packed, rows))
+        layer.weight.data = layer.weight.data.new_empty(0)
+    return made
+
+
+def _can_read_packed(layer: nn.Module) -> bool:
+    return type(layer) is nn.Embedding and layer.max_norm is None and _is_free(layer)
+
+
+def _reorder(weight: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    return packed
+
+
+def _packed_rows(packed: torch.Tensor, dense: torch.Tensor) -> torch.Tensor | None:
+    """The memory of a packed [N, K] weight as [N / 64, K / p, 64, p], p values to 4 bytes; None: that is not it."""
+    num_rows, width = dense.shape
+    pair = 4 // dense.itemsize
+    num_bytes = torch.ops.mkldnn._nbytes(packed)
+    blocks = -(-num_rows // _LANES)
+    if num_bytes % (blocks * _LANES * 4):
+        return None
+    memory = (ctypes.c_char * num_bytes).from_address(torch.ops.mkldnn.data_ptr(packed))
+    rows = torch.frombuffer(memory, dtype=dense.dtype).view(blocks, -1, _LANES, pair)
+    if rows.shape[1] * pair < width:
+        return None
+    # The layout is oneDNN's secret, so it is not believed but looked at: every lane, over the whole matrix.
+    sample = torch.arange(0, num_rows, max(1, num_rows // 1024) | 1)
+    return rows if torch.equal(_gather(rows, sample, width), dense[sample]) else None
+
+
+def _gather(rows: torch.Tensor, ids: torch.Tensor, width: int) -> torch.Tensor:
+    """[T, K] rows ``ids`` [T] of a packed matrix."""
+    return rows[ids // _LANES, :, ids % _LANES].flatten(1)[:, :width].contiguous()

@@ -19,6 +19,7 @@ from specdec.commands.corpus import corpus
 from specdec.commands.demo import demo
 from specdec.commands.doctor import doctor
 from specdec.commands.generate import generate
+from specdec.commands.serve import keys, serve
 from specdec.errors import InternalError, SpecdecError
 
 __all__ = ["app", "main"]
@@ -50,11 +51,12 @@ def _root(
     """Lossless speculative decoding for any Hugging Face causal LM: the same tokens, sooner."""
 
 
-app.command()(demo)
 app.command()(generate)
 app.command()(demo)
 app.command()(check)
 app.command()(doctor)
+app.command()(serve)
+app.command()(keys)
 app.add_typer(bench, name="bench")
 app.add_typer(corpus)
 

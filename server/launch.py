@@ -1,0 +1,126 @@
+"""From a loaded model and options to a service, and from a service to a running server."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from specdec.build import build_drafter, build_engine
+from specdec.controller import BackoffController, FixedController
+from specdec.errors import ConfigError
+from specdec.protocols import Controller
+from specdec.server.app import Service, ServiceOptions, create_app
+from specdec.server.keys import Keyring
+from specdec.server.metrics import ServerMetrics
+from specdec.server.prompts import Serving
+from specdec.server.speculation import CappedController, Choices, RoutedDrafter
+from specdec.server.watch import StepWatcher
+from specdec.server.worker import EngineWorker, Update, longest_request
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["ServerOptions", "build_service", "listen", "serve"]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """What ``specdec serve`` can be told.
+
+    Args:
+        name: model name of the API.
+        drafters: names; the first is the default.
+        budget: most draft tokens per step; None: follows what is accepted.
+        max_in_flight: most requests that are submitted and not finished.
+        metrics_prefix: of all metric names.
+        service: towards clients.
+        engine: fields of ``EngineConfig``.
+    """
+
+    name: str
+    drafters: tuple[str, ...] = ("ngram",)
+    budget: int | None = None
+    max_in_flight: int = 256
+    metrics_prefix: str = "specdec:"
+    service: ServiceOptions = field(default_factory=ServiceOptions)
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+def build_service(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_ids: Sequence[int],
+    options: ServerOptions,
+    keys: Keyring | None = None,
+) -> Service:
+    """A service around a model.
+
+    Args:
+        model: the target, in evaluation mode.
+        tokenizer: the model's.
+        eos_ids: tokens that end an output.
+        options: see ``ServerOptions``.
+        keys: who is let in; None: everybody.
+
+    Raises:
+        ConfigError: an option breaks its rule.
+        UnsupportedError: the model cannot be served.
+    """
+    choices = Choices(options.drafters)
+    drafter = RoutedDrafter({name: build_drafter(name) for name in choices.drafters}, choices)
+    planner: Controller = BackoffController() if options.budget is None else FixedController(options.budget)
+    watcher = StepWatcher()
+    engine = build_engine(
+        model, drafter, controller=CappedController(planner, choices), tokenizer=tokenizer, observers=[watcher],
+        **options.engine,
+    )  # fmt: skip
+    max_length = min(engine.target.max_length, longest_request(engine))
+    serving = Serving(options.name, tokenizer, tuple(eos_ids), max_length)
+
+    def make_worker(deliver: Callable[[Sequence[Update]], None]) -> EngineWorker:
+        return EngineWorker(engine, choices, watcher, deliver, max_in_flight=options.max_in_flight)
+
+    def make_metrics(worker: EngineWorker) -> ServerMetrics:
+        return ServerMetrics(worker, model=options.name, drafter=choices.drafters[0], prefix=options.metrics_prefix)
+
+    return Service(serving, choices, make_worker, keys or Keyring(), make_metrics, options.service)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket, so that a taken port is said before a model is loaded.
+
+    Raises:
+        ConfigError: the address cannot be bound.
+    """
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, proto)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        why = "another program listens there" if error.errno == errno.EADDRINUSE else str(error)
+        raise ConfigError(f"cannot listen on {host}:{port}: {why}") from error
+    return bound
+
+
+def serve(service: Service, bound: socket.socket) -> None:
+    """Serve until SIGINT or SIGTERM; then take no more requests, finish those in flight, and return."""
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    config = uvicorn.Config(
+        create_app(service), log_level="warning", access_log=False, timeout_keep_alive=30,
+        timeout_graceful_shutdown=max(1, round(service.options.drain_s)),
+    )  # fmt: skip
+    # uvicorn raises the signal that ended it once more when it is done; a server that stopped as it was told exits 0.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    uvicorn.Server(config).run(sockets=[bound])

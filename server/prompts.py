@@ -1,0 +1,161 @@
+"""From a request's body to what the engine runs: token ids, sampling parameters, one job per choice."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from specdec.errors import RequestError, UnsupportedError
+from specdec.server.speculation import Choices
+from specdec.server.wire import ChatRequest, CompletionRequest, GenerationRequest
+from specdec.server.worker import Job
+from specdec.types import LogitsProcessor, Request, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Serving", "chat_prompt", "completion_prompts", "jobs_of"]
+
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: the choices of a request get well-separated seeds
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Serving:
+    """What is served.
+
+    Args:
+        name: model name of the API.
+        tokenizer: the model's.
+        eos_ids: tokens that end an output.
+        max_length: most tokens of prompt and output together.
+        max_prompts: most prompts of one request.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
+    max_length: int
+    max_prompts: int = 64
+    aliases: tuple[str, ...] = field(default=())
+
+
+def chat_prompt(serving: Serving, body: ChatRequest) -> list[int]:
+    """The token ids of a conversation in the model's chat template.
+
+    Raises:
+        RequestError: the template refuses the conversation.
+        UnsupportedError: the tokenizer has no chat template.
+    """
+    tokenizer: Any = serving.tokenizer
+    if not tokenizer.chat_template:
+        raise UnsupportedError(f"the tokenizer of {serving.name} has no chat template: use /v1/completions")
+    try:
+        messages = [message.for_template() for message in body.messages]
+        text = tokenizer.apply_chat_template(
+            messages, tools=body.tools, add_generation_prompt=True, tokenize=False, **body.chat_template_kwargs
+        )
+    except Exception as error:  # a template is a program of the model's authors: it raises what it likes
+        raise RequestError(f"messages do not fit the model's chat template: {error}") from error
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def completion_prompts(serving: Serving, body: CompletionRequest) -> list[list[int]]:
+    """The prompts of a completion request as token ids.
+
+    Raises:
+        RequestError: there is none, one is empty, or there are too many.
+    """
+    given = body.prompt
+    several: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+    if not 1 <= len(several) <= serving.max_prompts:
+        raise RequestError(f"prompt must hold 1 to {serving.max_prompts} prompts, got {len(several)}")
+    tokenizer: Any = serving.tokenizer
+    prompts = [tokenizer(one)["input_ids"] if isinstance(one, str) else list(one) for one in several]
+    if not all(prompts):
+        raise RequestError("prompt must not be empty")
+    return prompts
+
+
+def jobs_of(
+    serving: Serving,
+    choices: Choices,
+    body: GenerationRequest,
+    prompts: Sequence[Sequence[int]],
+    *,
+    request_id: str,
+    tenant: str,
+    limit: int | None,
+    num_logprobs: int | None,
+    has_steps: bool,
+    processors: tuple[LogitsProcessor, ...] = (),
+) -> list[Job]:
+    """One job per prompt and choice, in the order of the choices that the client gets.
+
+    Args:
+        serving: what is served.
+        choices: the drafters that may be chosen.
+        body: the request.
+        prompts: token ids, one list per prompt.
+        request_id: of the whole request; jobs get it with their index.
+        tenant: whose text this is.
+        limit: most new tokens; None: what the context leaves.
+        num_logprobs: alternatives per token, None: no log-probabilities.
+        has_steps: the answer will tell of its steps.
+        processors: applied to every choice.
+
+    Raises:
+        RequestError: a value breaks its rule; the message names it.
+    """
+    wishes = body.speculative
+    choice = choices.choice(wishes.drafter, wishes.max_tokens if wishes.enabled else 0)
+    seed = secrets.randbits(64) if body.seed is None else body.seed % 2**64
+    jobs: list[Job] = []
+    for prompt in prompts:
+        sampling = _sampling(serving, body, prompt, limit, processors)
+        for _ in range(body.n):
+            index = len(jobs)
+            own = replace(sampling, seed=(seed + index * _SEED_STRIDE) % 2**64)
+            request = Request(f"{request_id}-{index}", np.asarray(prompt), own, tenant)
+            jobs.append(Job(request, choice, num_logprobs, has_steps, wishes.trace))
+    return jobs
+
+
+def _sampling(
+    serving: Serving,
+    body: GenerationRequest,
+    prompt: Sequence[int],
+    limit: int | None,
+    processors: tuple[LogitsProcessor, ...],
+) -> SamplingParams:
+    room = serving.max_length - len(prompt)
+    if room < 1:
+        raise RequestError(
+            f"the prompt must be shorter than the context of {serving.max_length} tokens, got {len(prompt)}"
+        )
+    if limit is not None and limit > room:
+        raise RequestError(
+            f"max_tokens must fit the context of {serving.max_length} tokens: {len(prompt)} are the prompt, {limit} "
+            f"were asked for"
+        )
+    if body.min_tokens > (limit or room):
+        raise RequestError(f"min_tokens must be at most max_tokens = {limit or room}, got {body.min_tokens}")
+    return SamplingParams(
+        temperature=body.temperature,
+        top_k=max(body.top_k, 0),
+        top_p=body.top_p,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        min_new_tokens=body.min_tokens,
+        max_new_tokens=limit or room,
+        logit_bias=dict(body.logit_bias),
+        stop_token_ids=(*(() if body.ignore_eos else serving.eos_ids), *body.stop_token_ids),
+        stop_strings=body.stop_strings,
+        logits_processors=processors,
+    )

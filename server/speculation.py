@@ -1,0 +1,140 @@
+"""Speculation that each request chooses for itself: which drafter guesses, and how much at most.
+
+With the match rule neither can change a text, so requests are free to choose. All of this belongs to the engine's
+thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from specdec.errors import ConfigError, RequestError
+from specdec.protocols import Controller, Drafter, DrafterNeeds, Load
+from specdec.types import DraftTree, RequestState, StepEvent
+
+__all__ = ["CappedController", "Choice", "Choices", "RoutedDrafter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What one request chose.
+
+    Args:
+        drafter: name of the drafter.
+        max_draft_tokens: most draft tokens per step; 0: plain decoding; None: as the server's controller plans.
+    """
+
+    drafter: str
+    max_draft_tokens: int | None = None
+
+
+class Choices:
+    """What every live request chose; requests that are not listed take the first drafter, uncapped.
+
+    Args:
+        drafters: names, the default first.
+
+    Raises:
+        ConfigError: no drafter is named.
+    """
+
+    def __init__(self, drafters: Sequence[str]) -> None:
+        if not drafters:
+            raise ConfigError("a server needs at least one drafter; name none for plain decoding")
+        self.drafters = tuple(drafters)
+        self._default = Choice(self.drafters[0])
+        self._chosen: dict[str, Choice] = {}
+
+    def choice(self, drafter: str | None, max_draft_tokens: int | None) -> Choice:
+        """A choice from a request's wishes.
+
+        Raises:
+            RequestError: the server has no such drafter.
+        """
+        if drafter is not None and drafter not in self.drafters:
+            raise RequestError(f"speculative.drafter must be one of {', '.join(self.drafters)}, got {drafter!r}")
+        return Choice(drafter or self.drafters[0], max_draft_tokens)
+
+    def set(self, request_id: str, choice: Choice) -> None:
+        """Remember a request's choice, before it is submitted."""
+        self._chosen[request_id] = choice
+
+    def of(self, request_id: str) -> Choice:
+        """The choice of a request."""
+        return self._chosen.get(request_id, self._default)
+
+    def drop(self, request_id: str) -> None:
+        """Forget a request; one that is unknown is no error."""
+        self._chosen.pop(request_id, None)
+
+
+class CappedController:
+    """Another controller's budgets, cut to what each request allows (`specdec.protocols.Controller`).
+
+    Args:
+        inner: plans.
+        choices: of the live requests.
+    """
+
+    def __init__(self, inner: Controller, choices: Choices) -> None:
+        self._inner = inner
+        self._choices = choices
+
+    def plan(self, states: Sequence[RequestState], load: Load) -> list[int]:
+        caps = [self._choices.of(state.request_id).max_draft_tokens for state in states]
+        planned = self._inner.plan(states, load)
+        return [budget if cap is None else min(budget, cap) for budget, cap in zip(planned, caps, strict=True)]
+
+    def observe(self, events: Sequence[StepEvent]) -> None:
+        self._inner.observe(events)
+
+
+class RoutedDrafter:
+    """Several drafters, of which each request has one (`specdec.protocols.Drafter`).
+
+    Args:
+        drafters: name -> drafter.
+        choices: of the live requests.
+    """
+
+    def __init__(self, drafters: Mapping[str, Drafter], choices: Choices) -> None:
+        self._drafters = dict(drafters)
+        self._choices = choices
+        self._owner: dict[str, str] = {}  # live request -> its drafter, fixed at its start
+        needs = [drafter.needs for drafter in self._drafters.values()]
+        self.needs = DrafterNeeds(
+            hidden_layers=tuple(sorted({layer for need in needs for layer in need.hidden_layers})),
+            needs_match=any(need.needs_match for need in needs),
+            draft_probs=False,
+        )
+
+    def start(self, states: Sequence[RequestState]) -> None:
+        for state in states:
+            name = self._choices.of(state.request_id).drafter
+            self._drafters[name].start([state])
+            self._owner[state.request_id] = name
+
+    def propose(self, states: Sequence[RequestState], budgets: Sequence[int]) -> list[DraftTree]:
+        trees: dict[str, DraftTree] = {}
+        for name, drafter in self._drafters.items():
+            mine = [row for row, state in enumerate(states) if self._owner[state.request_id] == name]
+            if mine:
+                made = drafter.propose([states[row] for row in mine], [budgets[row] for row in mine])
+                trees.update((states[row].request_id, tree) for row, tree in zip(mine, made, strict=True))
+        return [trees[state.request_id] for state in states]
+
+    def observe(self, events: Sequence[StepEvent]) -> None:
+        for name, drafter in self._drafters.items():
+            # An observer before us may have ended a request in this very step.
+            mine = [event for event in events if self._owner.get(event.state.request_id) == name]
+            if mine:
+                drafter.observe(mine)
+
+    def stop(self, request_ids: Sequence[str]) -> None:
+        for name, drafter in self._drafters.items():
+            mine = [request_id for request_id in request_ids if self._owner.get(request_id) == name]
+            if mine:
+                drafter.stop(mine)
+        for request_id in request_ids:
+            self._owner.pop(request_id, None)

@@ -1,0 +1,121 @@
+"""``specdec serve``: an OpenAI-compatible server around a speculating model; ``specdec keys``: who may call it."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specdec.commands import printing
+from specdec.commands.loading import load_model
+from specdec.commands.options import BudgetOption, DeviceOption, DTypeOption
+from specdec.errors import ConfigError, UnsupportedError
+
+if TYPE_CHECKING:
+    from specdec.server.keys import Keyring
+
+__all__ = ["keys", "serve"]
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="A directory with a Hugging Face model, or owner/name on the hub.")],
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option("--served-model-name", help="Model name of the API.")] = None,
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option("--drafter", "-d", help="Who may guess; repeat it, the first is the default: ngram."),
+    ] = None,
+    budget: BudgetOption = None,
+    max_batch_size: Annotated[int, typer.Option("--max-batch-size", min=1, help="Most requests per step.")] = 16,
+    max_in_flight: Annotated[
+        int, typer.Option("--max-in-flight", min=1, help="More requests than this get status 429.")
+    ] = 256,
+    max_length: Annotated[int | None, typer.Option("--max-length", min=2, help="Most tokens of a request.")] = None,
+    kv_tokens: Annotated[int | None, typer.Option("--kv-tokens", min=2, help="Size of the KV pool.")] = None,
+    deadline: Annotated[float, typer.Option("--deadline", min=0.1, help="Seconds that a request may take.")] = 600.0,
+    drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds for live requests at shutdown.")] = 30.0,
+    max_body_mb: Annotated[float, typer.Option("--max-body-mb", min=0.001, help="Largest request.")] = 8.0,
+    key_file: Annotated[Path | None, typer.Option("--key-file", help="API keys, made by `specdec keys`.")] = None,
+    allow_anyone: Annotated[
+        bool, typer.Option("--allow-anyone", help="Serve without API keys beyond this machine.")
+    ] = False,
+    request_metrics: Annotated[
+        bool | None,
+        typer.Option(help="Tell in each answer what speculation did. Default: only without API keys."),
+    ] = None,
+    metrics_prefix: Annotated[
+        str, typer.Option("--metrics-prefix", help="Of Prometheus names; `vllm:` for tools that expect vLLM.")
+    ] = "specdec:",
+    dtype: DTypeOption = "auto",
+    device: DeviceOption = "auto",
+) -> None:
+    """Serve a model with speculation behind an OpenAI-compatible API.
+
+    specdec serve path/to/model --drafter suffix --drafter ngram
+    """
+    launch = _launch_module()
+    keyring = _keyring(key_file, host, is_open_wanted=allow_anyone)
+    with launch.listen(host, port) as bound:
+        loaded = load_model(model, dtype=dtype, device=device)
+        engine = {"max_batch_size": max_batch_size, "max_length": max_length, "kv_tokens": kv_tokens}
+        options = launch.ServerOptions(
+            name=name or Path(model).name,
+            drafters=tuple(drafter or ["ngram"]),
+            budget=budget,
+            max_in_flight=max_in_flight,
+            metrics_prefix=metrics_prefix,
+            service=launch.ServiceOptions(
+                deadline_s=deadline,
+                max_body_bytes=round(max_body_mb * 2**20),
+                has_metrics=keyring.is_open if request_metrics is None else request_metrics,
+                drain_s=drain,
+            ),
+            engine={key: value for key, value in engine.items() if value is not None},
+        )
+        service = launch.build_service(loaded.model, loaded.tokenizer, loaded.eos_ids, options, keyring)
+        address, place = bound.getsockname()[:2]
+        printing.note(f"serving {options.name} on http://{address}:{place}/v1 with {', '.join(options.drafters)}")
+        launch.serve(service, bound)
+
+
+def keys(
+    key_file: Annotated[Path, typer.Argument(help="File of hashes; made if it is not there.")],
+    tenant: Annotated[str, typer.Argument(help="Whose key this is; tenants never share text.")],
+) -> None:
+    """Make an API key: its hash goes into the file, the key is printed once."""
+    _launch_module()
+    from specdec.server.keys import add_key
+
+    printing.text(add_key(key_file, tenant) + "\n")
+
+
+def _launch_module() -> Any:
+    try:
+        from specdec.server import launch
+    except ImportError as error:
+        raise UnsupportedError(
+            f"serving needs the extra `server` (pip install 'specdec-toolkit[server]'): {error}"
+        ) from error
+    return launch
+
+
+def _keyring(key_file: Path | None, host: str, *, is_open_wanted: bool) -> Keyring:
+    from specdec.server.keys import Keyring
+
+    if key_file is not None:
+        return Keyring.load(key_file)
+    if not (_is_this_machine(host) or is_open_wanted):
+        raise ConfigError(
+            f"--host {host} can be reached from other machines: give --key-file, or --allow-anyone if that is meant"
+        )
+    return Keyring()
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -106,7 +106,6 @@ class RoutedDrafter:
         self.needs = DrafterNeeds(
             hidden_layers=tuple(sorted({layer for need in needs for layer in need.hidden_layers})),
             needs_match=any(need.needs_match for need in needs),
-            draft_probs=False,
         )
 
     def start(self, states: Sequence[RequestState]) -> None:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from specdec.bench.arms import Arm, EngineArm, GenerateArm, Job, JobResult
-from specdec.build import DRAFTERS, model_max_length
+from specdec.bench.arms import Arm, EngineArm, EngineFactory, GenerateArm, Job, JobResult
+from specdec.bench.results_schema import at_load
+from specdec.bench.scripted import scripted_engine
+from specdec.build import DRAFTERS, build_engine, model_max_length
 from specdec.errors import ConfigError, UnsupportedError
 from specdec.protocols import DrafterNeeds
 from specdec.rope import freeze_rope
@@ -23,9 +26,11 @@ from specdec.types import DraftTree, RequestState, StepEvent
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["PEERS", "ArcticDrafter", "arm_names", "build_arms"]
+__all__ = ["PEERS", "TEXT_DRAFTERS", "ArcticDrafter", "arm_names", "build_arms", "build_simulated_arms"]
 
-PEERS = ("generate", "prompt-lookup", "assisted", "arctic")
+_OTHER_ENGINES = ("generate", "prompt-lookup", "assisted")
+PEERS = (*_OTHER_ENGINES, "arctic")
+TEXT_DRAFTERS = ("ngram", "suffix", "lookahead")  # they read tokens and nothing else, so a simulation can judge them
 _LOOKUP_TOKENS = 10  # what transformers' documentation uses
 
 
@@ -78,6 +83,8 @@ class ArcticDrafter:
 class _Absent:
     """An arm that cannot run here and says why (`specdec.bench.arms.Arm`)."""
 
+    concurrency = 1
+
     def __init__(self, name: str, kind: str, reason: str) -> None:
         self.name, self.kind, self._reason = name, kind, reason
 
@@ -90,7 +97,7 @@ class _Absent:
     def close(self) -> None:
         """It holds nothing."""
 
-    def run(self, job: Job) -> JobResult:
+    def run(self, jobs: Sequence[Job]) -> list[JobResult]:
         raise UnsupportedError(self._reason)
 
 
@@ -100,61 +107,95 @@ def arm_names() -> list[str]:
 
 
 def build_arms(
-    names: Sequence[str], model: PreTrainedModel, *, budget: int | None = None, assistant: Any = None, **options: Any
+    names: Sequence[str],
+    model: PreTrainedModel,
+    *,
+    budget: int | None = None,
+    assistant: Any = None,
+    concurrency: Sequence[int] = (1,),
+    kv_tokens: int | None = None,
 ) -> list[Arm]:
-    """The arms, in the given order.
+    """The arms, those of transformers first; each number of ``concurrency`` gives ours again, as ``NAME xN`` above 1.
 
     Args:
         names: of arms; ``plain`` is our engine without a drafter, ``NAME@4`` gives one arm another budget.
         model: the target of all; arms of transformers get a copy where other arms would pack its weights.
         budget: most draft tokens per step of our drafters; None: follows what is accepted.
         assistant: the small model of ``assisted``.
-        **options: of the engines.
+        concurrency: requests at a time.
+        kv_tokens: of an engine, for each request at a time.
 
     Raises:
         ConfigError: an unknown or repeated name, or a budget that is none.
     """
-    if len(set(names)) != len(names):
-        raise ConfigError(f"arms must have different names, got {', '.join(names)}")
-    for name in names:
-        _check(name)
+    _check(names)
     # Engines pack the weights of a model on the CPU; what transformers does is measured on a model that nobody changed.
-    is_peer = {name: name.partition("@")[0] in PEERS and not name.startswith("arctic") for name in names}
-    unchanged = copy.deepcopy(model) if any(is_peer.values()) and not all(is_peer.values()) else model
+    peers = [name for name in names if name.partition("@")[0] in _OTHER_ENGINES]
+    unchanged = copy.deepcopy(model) if peers and len(peers) < len(names) else model
     # Engines look for the best path of the model when they are built; it is the same for all.
     with freeze_rope(model, model_max_length(model)):
         route = choose_route(model, max_length=model_max_length(model))
-    options["route"] = route
-    return [_build(name, unchanged if is_peer[name] else model, budget, assistant, options) for name in names]
+    # Speculation of transformers takes one request at a time, so its arms have no place in a sweep.
+    arms: list[Arm] = [_peer(name, unchanged, assistant) for name in peers]
+    for number in concurrency:
+        make = partial(build_engine, model, route=route, kv_tokens=None if kv_tokens is None else number * kv_tokens)
+        arms += [_ours(name, make, budget, number) for name in names if name not in peers]
+    return arms
 
 
-def _check(name: str) -> None:
+def build_simulated_arms(names: Sequence[str], vocab_size: int, *, budget: int | None = None) -> list[Arm]:
+    """The arms of a simulation: drafters that read text; every other name gives an arm that says what it would need.
+
+    Raises:
+        ConfigError: as ``build_arms``.
+    """
+    _check(names)
+    make = partial(scripted_engine, vocab_size)
+    arms: list[Arm] = []
+    for name in names:
+        base, _, _ = name.partition("@")
+        if base in ("plain", "arctic", *TEXT_DRAFTERS):
+            arms.append(_ours(name, make, budget, 1))
+        else:
+            reason = "it needs a model, which a simulation does not have: replay or live can measure it"
+            arms.append(_Absent(name, "transformers" if base in PEERS else "specdec", reason))
+    return arms
+
+
+def _check(names: Sequence[str]) -> None:
+    if len(set(names)) != len(names):
+        raise ConfigError(f"arms must have different names, got {', '.join(names)}")
+    for name in names:
+        base, _, number = name.partition("@")
+        if base not in arm_names():
+            raise ConfigError(f"arm must be one of {', '.join(arm_names())}, got {name!r}")
+        if "@" in name and not (number.isdecimal() and int(number) >= 1):
+            raise ConfigError(f"the number behind @ must be a budget >= 1, got {name!r}")
+
+
+def _peer(name: str, model: PreTrainedModel, assistant: Any) -> Arm:
     base, _, number = name.partition("@")
-    if base not in arm_names():
-        raise ConfigError(f"arm must be one of {', '.join(arm_names())}, got {name!r}")
-    if "@" in name and not (number.isdecimal() and int(number) >= 1):
-        raise ConfigError(f"the number behind @ must be a budget >= 1, got {name!r}")
-
-
-def _build(name: str, model: PreTrainedModel, budget: int | None, assistant: Any, options: dict[str, Any]) -> Arm:
-    base, _, number = name.partition("@")
-    budget = int(number) if number else budget
-    if base == "plain":
-        return EngineArm(name, model, "none", budget=0, **options)
     if base == "generate":
         return GenerateArm(name, model)
     if base == "prompt-lookup":
         return GenerateArm(name, model, prompt_lookup_num_tokens=int(number or _LOOKUP_TOKENS))
-    if base == "assisted":
-        if assistant is None:
-            return _Absent(name, "transformers", "no assistant model was given")
-        return GenerateArm(name, model, assistant=assistant)
+    if assistant is None:
+        return _Absent(name, "transformers", "no assistant model was given")
+    return GenerateArm(name, model, assistant=assistant)
+
+
+def _ours(name: str, make: EngineFactory, budget: int | None, concurrency: int) -> Arm:
+    base, _, number = name.partition("@")
+    full = at_load(name, f"x{concurrency}" if concurrency > 1 else "")
+    options: Mapping[str, Any] = {"budget": int(number) if number else budget, "concurrency": concurrency}
+    if base == "plain":
+        return EngineArm(full, make, "none", **{**options, "budget": 0})
     if base == "arctic":
         made = _arctic_factory()
         if made is None:
-            return _Absent(name, "arctic", "arctic-inference is not installed")
-        return EngineArm(name, model, made, budget=budget, kind="arctic", **options)
-    return EngineArm(name, model, base, budget=budget, **options)
+            return _Absent(full, "arctic", "arctic-inference is not installed")
+        return EngineArm(full, make, made, kind="arctic", **options)
+    return EngineArm(full, make, base, **options)
 
 
 def _arctic_factory() -> Callable[[], ArcticDrafter] | None:

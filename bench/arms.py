@@ -6,17 +6,18 @@ recorded answer other than through the processor that all arms share.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from specdec.bench.forcing import ForcedResponse
-from specdec.build import build_drafter, build_engine
+from specdec.build import build_drafter
 from specdec.controller import BackoffController, FixedController
 from specdec.errors import UnsupportedError
 from specdec.types import IntArray, Request, RequestState, SamplingParams, StepEvent, StepTrace
@@ -27,17 +28,26 @@ if TYPE_CHECKING:
     from specdec.engine import Engine
     from specdec.protocols import Drafter
 
-__all__ = ["Arm", "EngineArm", "GenerateArm", "Job", "JobResult", "warm_up"]
+__all__ = ["Arm", "EngineArm", "EngineFactory", "GenerateArm", "Job", "JobResult", "warm_up"]
+
+# (drafter, budget=, observers=, max_batch_size=) -> engine: ``build_engine`` or ``scripted_engine``, partly applied.
+EngineFactory: TypeAlias = Callable[..., "Engine"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """One call to be answered: prompt [P] int32; the answer to force [G] int32, or None to let the model speak."""
+    """One call to be answered: prompt [P] int32; the answer to force [G] int32, or None to let the model speak.
+
+    Temperature 0 is greedy; the seed is that of this call.
+    """
 
     prompt_ids: IntArray
     max_new_tokens: int
     forced_ids: IntArray | None = None
     stop_ids: tuple[int, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +62,9 @@ class JobResult:
         accepted: accepted draft tokens of each step.
         drafted: draft tokens of each step; empty where the arm does not show them.
         depths: draft length of each step; likewise.
-        parts_ms: milliseconds by name (draft, target, verify, commit, host); likewise.
+        parts_ms: milliseconds by name (draft, target, verify, commit, host); likewise. Of a step that several requests
+            shared, each counts its share, and nobody can say whose the host's time was.
+        start_s: seconds from the start of the run of many jobs to this one's call; None: it ran alone.
     """
 
     output_ids: list[int]
@@ -63,6 +75,7 @@ class JobResult:
     drafted: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     parts_ms: dict[str, float] = field(default_factory=dict)
+    start_s: float | None = None
 
 
 class Arm(Protocol):
@@ -70,6 +83,7 @@ class Arm(Protocol):
 
     name: str
     kind: str  # whose code it is: specdec, transformers, arctic
+    concurrency: int  # jobs at a time
 
     def reset(self) -> None:
         """Forget everything learned from earlier calls."""
@@ -77,8 +91,8 @@ class Arm(Protocol):
     def warm(self, jobs: Sequence[Job]) -> None:
         """Learn from answered calls before the clock runs; arms that learn nothing pass."""
 
-    def run(self, job: Job) -> JobResult:
-        """Answer one call."""
+    def run(self, jobs: Sequence[Job]) -> list[JobResult]:
+        """Answer the calls, ``concurrency`` at a time: as soon as one is done the next begins."""
 
     def close(self) -> None:
         """Give the model back as it was."""
@@ -95,36 +109,45 @@ class _StepRecorder:
         self.steps.extend((now, event.trace, event.tree) for event in events)
 
 
+@dataclass(slots=True, eq=False)
+class _Live:
+    """A job that is being answered."""
+
+    index: int
+    start: float
+    output_ids: list[int] = field(default_factory=list)
+
+
 class EngineArm:
     """Our engine with one drafter.
 
     Args:
         name: of the arm.
-        model: the target.
+        make_engine: makes the engine around the target.
         drafter: a name for ``build_drafter`` or a function that makes a fresh drafter.
         budget: most draft tokens per step; None: follows what is accepted.
         drafter_options: of a named drafter.
         kind: whose drafter it is.
-        **options: of the engine.
+        concurrency: jobs at a time.
     """
 
     def __init__(
         self,
         name: str,
-        model: PreTrainedModel,
+        make_engine: EngineFactory,
         drafter: str | Any,
         *,
         budget: int | None = None,
         drafter_options: Mapping[str, Any] | None = None,
         kind: str = "specdec",
-        **options: Any,
+        concurrency: int = 1,
     ) -> None:
-        self.name, self.kind = name, kind
+        self.name, self.kind, self.concurrency = name, kind, concurrency
         self.budget = budget
         self._drafter, self._drafter_options = drafter, dict(drafter_options or {})
         self._recorder = _StepRecorder()
-        self._engine = build_engine(
-            model, self._fresh_drafter(), budget=budget, max_batch_size=1, observers=[self._recorder], **options
+        self._engine = make_engine(
+            self._fresh_drafter(), budget=budget, max_batch_size=concurrency, observers=[self._recorder]
         )
         self._count = 0
 
@@ -147,42 +170,65 @@ class EngineArm:
     def close(self) -> None:
         self._engine.close()
 
-    def run(self, job: Job) -> JobResult:
-        self._count += 1
+    def run(self, jobs: Sequence[Job]) -> list[JobResult]:
         self._recorder.steps.clear()
-        processors = () if job.forced_ids is None else (ForcedResponse([job.forced_ids], len(job.prompt_ids)),)
-        sampling = SamplingParams(
-            max_new_tokens=job.max_new_tokens, logits_processors=processors, stop_token_ids=job.stop_ids
-        )
-        output_ids: list[int] = []
-        start = perf_counter()
-        for output in self._engine.generate([Request(f"job-{self._count}", job.prompt_ids, sampling)]):
-            output_ids.extend(output.new_ids)
-        seconds = perf_counter() - start
-        return self._result(output_ids, start, seconds)
+        waiting, live = deque(enumerate(jobs)), dict[str, _Live]()
+        done: dict[int, JobResult] = {}
+        begin = perf_counter()
+        try:
+            while waiting or live:
+                while waiting and len(live) < self.concurrency:
+                    index, job = waiting.popleft()
+                    request = self._request(job)
+                    live[request.request_id] = _Live(index, perf_counter())
+                    self._engine.submit(request)
+                for output in self._engine.step():
+                    one = live.get(output.request_id)
+                    if one is None:
+                        continue  # of a run that was interrupted
+                    one.output_ids.extend(output.new_ids)
+                    if output.finish_reason is not None:
+                        done[one.index] = self._result(live.pop(output.request_id), output.request_id, begin)
+        finally:
+            for request_id in live:
+                self._engine.cancel(request_id)
+        return [done[index] for index in range(len(jobs))]
 
     @property
     def engine(self) -> Engine:
         """The engine, for measurements of its parts."""
         return self._engine
 
-    def _result(self, output_ids: list[int], start: float, seconds: float) -> JobResult:
-        traces = [trace for _, trace, _ in self._recorder.steps]
+    def _request(self, job: Job) -> Request:
+        self._count += 1
+        processors = () if job.forced_ids is None else (ForcedResponse([job.forced_ids], len(job.prompt_ids)),)
+        sampling = SamplingParams(
+            max_new_tokens=job.max_new_tokens, logits_processors=processors, stop_token_ids=job.stop_ids,
+            temperature=job.temperature, top_p=job.top_p, seed=job.seed,
+        )  # fmt: skip
+        return Request(f"job-{self._count}", job.prompt_ids, sampling)
+
+    def _result(self, job: _Live, request_id: str, begin: float) -> JobResult:
+        seconds = perf_counter() - job.start
+        steps = [step for step in self._recorder.steps if step[1].request_id == request_id]
+        traces = [trace for _, trace, _ in steps]
         parts = {
-            name: sum(getattr(trace, f"{name}_ms") for trace in traces)
+            name: sum(getattr(trace, f"{name}_ms") / trace.batch_size for trace in traces)
             for name in ("draft", "target", "verify", "commit")
         }
-        # The rest of the wall clock: scheduling, streaming, and prompt chunks, whose steps decode nothing.
-        parts["host"] = 1e3 * seconds - sum(parts.values())
+        if self.concurrency == 1:
+            # The rest of the wall clock: scheduling, streaming, and prompt chunks, whose steps decode nothing.
+            parts["host"] = 1e3 * seconds - sum(parts.values())
         return JobResult(
-            output_ids,
+            job.output_ids,
             seconds,
-            stamps=[now - start for now, _, _ in self._recorder.steps],
+            stamps=[now - job.start for now, _, _ in steps],
             emitted=[trace.num_emitted for trace in traces],
             accepted=[min(trace.num_accepted, trace.num_emitted) for trace in traces],
             drafted=[trace.num_draft_tokens for trace in traces],
-            depths=[int(tree.depths().max()) for _, _, tree in self._recorder.steps],
+            depths=[int(tree.depths().max()) for _, _, tree in steps],
             parts_ms=parts,
+            start_s=None if self.concurrency == 1 else job.start - begin,
         )
 
 
@@ -222,6 +268,7 @@ class GenerateArm:
     """
 
     kind = "transformers"
+    concurrency = 1  # its speculative ways take one request at a time
 
     def __init__(self, name: str, model: PreTrainedModel, *, assistant: Any = None, **config: Any) -> None:
         self.name = name
@@ -237,15 +284,19 @@ class GenerateArm:
     def close(self) -> None:
         """It holds nothing."""
 
-    def run(self, job: Job) -> JobResult:
+    def run(self, jobs: Sequence[Job]) -> list[JobResult]:
+        return [self._answer(job) for job in jobs]
+
+    def _answer(self, job: Job) -> JobResult:
         if self._assistant is not None and job.forced_ids is not None:
             raise UnsupportedError(
                 "transformers runs the target's processors on the assistant as well, so a forced assistant would "
                 "guess everything right: assisted generation can be measured live only"
             )
+        law = {"temperature": job.temperature, "top_p": job.top_p, "top_k": 0} if job.temperature else {}
         config = GenerationConfig(
-            do_sample=False, max_new_tokens=job.max_new_tokens, use_cache=True,
-            eos_token_id=list(job.stop_ids) or None, pad_token_id=0, **self._config,
+            do_sample=bool(law), max_new_tokens=job.max_new_tokens, use_cache=True,
+            eos_token_id=list(job.stop_ids) or None, pad_token_id=0, **law, **self._config,
         )  # fmt: skip
         processors = LogitsProcessorList()
         if job.forced_ids is not None:
@@ -253,11 +304,13 @@ class GenerateArm:
         ids = torch.from_numpy(job.prompt_ids.astype(np.int64))[None].to(self._model.device)
         extra = {} if self._assistant is None else {"assistant_model": self._assistant}
         stamps = _Stamps()
-        start = perf_counter()
-        output = self._model.generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=config, logits_processor=processors,
-            streamer=stamps, **extra,
-        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(job.seed)
+            start = perf_counter()
+            output = self._model.generate(
+                ids, attention_mask=torch.ones_like(ids), generation_config=config, logits_processor=processors,
+                streamer=stamps, **extra,
+            )  # fmt: skip
         output_ids = output[0, ids.shape[1] :].tolist()
         seconds = perf_counter() - start
         puts = stamps.puts[1:]  # the first one is the prompt

@@ -1,14 +1,15 @@
 """The run: every arm answers every call, A B A B, in rounds; what fails becomes a row that says why.
 
-Rounds begin with stores forgotten (or warmed, where that was asked for) and run through the calls in trace order, so
-what a store may know in a call is what it could have known in production: a round never sees the answers of the last.
-Within a call the order of the arms turns from call to call.
+A round goes through the sources one by one. A source begins with stores forgotten (or warmed, where that was asked for)
+and runs through its calls in trace order, so what a store may know in a call is what it could have known in production,
+and no figure of a source depends on which others were run. Within a call the order of the arms turns from call to call.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,16 +35,24 @@ class Plan:
 
     Args:
         is_live: the model speaks; else the recorded answers are forced.
+        is_timed: False in simulations, where a first untimed answer would serve no purpose.
+        temperature: 0 is greedy.
+        top_p: 1 = off.
+        seed: call number i is sampled with seed + i.
         rounds: timed rounds.
         max_new_tokens: of a live answer.
         stop_ids: end a live answer.
-        warmth: cold forgets before every call, self-warmed before every round, warmed learns ``training`` first.
+        warmth: cold forgets before every call, self-warmed before every source, warmed learns ``training`` then.
         training: answered calls for warmed stores.
         decode: tokens to text, for live answers that later prompts quote.
         encode: text to tokens, likewise.
     """
 
     is_live: bool = False
+    is_timed: bool = True
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
     rounds: int = 3
     max_new_tokens: int = 128
     stop_ids: tuple[int, ...] = ()
@@ -76,6 +85,7 @@ def run_rounds(
     plan: Plan,
     *,
     done_rows: Iterable[Row] = (),
+    done_failures: Iterable[str] = (),
     on_step: Callable[[Run], None] | None = None,
 ) -> Run:
     """Run all rounds; Ctrl-C ends the run with what there is.
@@ -84,32 +94,32 @@ def run_rounds(
         arms: the baseline first: live outputs are compared with its.
         work: the calls.
         plan: how.
-        done_rows: of an earlier, interrupted run of the same work; its whole rounds are kept, the rest is done anew.
+        done_rows: of an earlier, interrupted run of the same work: sources that a round finished are kept.
+        done_failures: arms that failed in it.
         on_step: called after every call of every round, with the run so far.
     """
-    run = Run(rows=_whole_rounds(list(done_rows), arms, len(work.items)))
-    first_round = 1 + max((row.round for row in run.rows), default=-1)
+    expected = Counter(item.source for item in work.items)
+    rows, done = _whole_parts(list(done_rows), {arm.name for arm in arms} - set(done_failures), expected)
+    run = Run(rows=rows)
     runner = _Runner(list(arms), work, plan, run)
+    todo = [(n, source) for n in range(plan.rounds) for source in expected if (n, source) not in done]
     try:
-        if first_round < plan.rounds:
+        if todo and plan.is_timed:
             runner.warm_the_machine()
-        for number in range(first_round, plan.rounds):
-            runner.round(number, on_step)
+        for number, source in todo:
+            runner.part(number, source, on_step)
     except KeyboardInterrupt:
         run.is_partial = True
     return run
 
 
-def _whole_rounds(rows: list[Row], arms: Sequence[Arm], num_calls: int) -> list[Row]:
-    """The rows of rounds that lack nothing: stores learn within a round, so half a round cannot be continued."""
-    names = {arm.name for arm in arms}
-    counts: dict[int, int] = {}
-    for row in rows:
-        counts[row.round] = counts.get(row.round, 0) + (row.arm in names)
-    whole = 0
-    while counts.get(whole) == len(names) * num_calls:
-        whole += 1
-    return [row for row in rows if row.round < whole and row.arm in names]
+def _whole_parts(
+    rows: list[Row], names: set[str], num_calls: Mapping[str, int]
+) -> tuple[list[Row], set[tuple[int, str]]]:
+    """The rows of the (round, source) parts that lack nothing: stores learn in a part, so half of one is no start."""
+    counts = Counter((row.round, row.source) for row in rows if row.arm in names)
+    done = {part for part, count in counts.items() if count == len(names) * num_calls.get(part[1], 0)}
+    return [row for row in rows if (row.round, row.source) in done and row.arm in names], done
 
 
 class _Runner:
@@ -123,35 +133,53 @@ class _Runner:
         """One untimed answer of every arm: first calls compile, allocate and page in."""
         item = min(self.work.items, key=lambda item: len(item.prompt_ids) + len(item.response_ids))
         for arm in list(self.arms):
-            self._attempt(arm, self._job(0, item))
+            self._attempt(arm, [self._job(0, item)] * arm.concurrency)
 
-    def round(self, number: int, on_step: Callable[[Run], None] | None) -> None:
+    def part(self, number: int, source: str, on_step: Callable[[Run], None] | None) -> None:
+        """One source of one round."""
+        alone = [arm for arm in self.arms if arm.concurrency == 1]
         if self.plan.warmth != "cold":
-            for arm in self.arms:
+            for arm in alone:
                 self._fresh(arm)
-        for index, item in enumerate(self.work.items):
-            job = self._job(index, item)
-            turn = 0 if index not in self.expected and self.plan.is_live else (number + index) % max(len(self.arms), 1)
-            for arm in [*self.arms[turn:], *self.arms[:turn]]:
+        mine = [index for index, item in enumerate(self.work.items) if item.source == source]
+        for index in mine:
+            job = self._job(index, self.work.items[index])
+            turn = 0 if index not in self.expected and self.plan.is_live else (number + index) % max(len(alone), 1)
+            for arm in [*alone[turn:], *alone[:turn]]:
                 if self.plan.warmth == "cold":
                     self._fresh(arm)
-                done = self._attempt(arm, job)
-                if done is not None:
-                    self._record(arm, number, index, item, job, done)
+                self._answer(arm, number, [index], [job])
             if on_step is not None:
                 on_step(self.run)
+        self._together(number, mine, on_step)
+
+    def _together(self, number: int, indices: Sequence[int], on_step: Callable[[Run], None] | None) -> None:
+        """The arms that take several calls at a time: each all calls of the source, in turns from round to round."""
+        crowds = [arm for arm in self.arms if arm.concurrency > 1]
+        jobs = [self._job(index, self.work.items[index]) for index in indices] if crowds else []
+        turn = number % max(len(crowds), 1)
+        for arm in [*crowds[turn:], *crowds[:turn]]:
+            self._fresh(arm)
+            self._answer(arm, number, indices, jobs)
+            if on_step is not None:
+                on_step(self.run)
+
+    def _answer(self, arm: Arm, number: int, indices: Sequence[int], jobs: Sequence[Job]) -> None:
+        for index, job, done in zip(indices, jobs, self._attempt(arm, jobs), strict=False):
+            self._record(arm, number, index, self.work.items[index], job, done)
 
     def _fresh(self, arm: Arm) -> None:
         arm.reset()
         if self.plan.warmth == "warmed":
             arm.warm(self.training)
 
-    def _attempt(self, arm: Arm, job: Job) -> JobResult | None:
+    def _attempt(self, arm: Arm, jobs: Sequence[Job]) -> list[JobResult]:
+        """What the arm did; nothing if it fails now or failed before."""
         if arm.name in self.run.failures:
-            return None
+            return []
         try:
             self.meter.start()
-            done = arm.run(job)
+            done = arm.run(jobs)
             self.run.energy_j[arm.name] = self.run.energy_j.get(arm.name, 0.0) + self.meter.stop()
             return done
         except Exception as error:  # whatever a peer raises is its result, and the others go on
@@ -160,12 +188,14 @@ class _Runner:
             self.run.failures[arm.name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             self.run.rows = [row for row in self.run.rows if row.arm != arm.name]
             logger.warning("arm %s is left out: %s", arm.name, self.run.failures[arm.name])
-            return None
+            return []
 
     def _job(self, index: int, item: WorkItem) -> Job:
-        if not self.plan.is_live:
-            return Job(item.prompt_ids, len(item.response_ids), item.response_ids)
-        return Job(self._prompt(index, item), self.plan.max_new_tokens, stop_ids=self.plan.stop_ids)
+        plan = self.plan
+        law = {"temperature": plan.temperature, "top_p": plan.top_p, "seed": plan.seed + index}
+        if not plan.is_live:
+            return Job(item.prompt_ids, len(item.response_ids), item.response_ids, **law)  # type: ignore[arg-type]
+        return Job(self._prompt(index, item), plan.max_new_tokens, stop_ids=plan.stop_ids, **law)  # type: ignore[arg-type]
 
     def _prompt(self, index: int, item: WorkItem) -> IntArray:
         """The prompt, its open turns filled with what was answered to the earlier calls of the episode."""
@@ -186,10 +216,11 @@ class _Runner:
         return np.array(ids, dtype=np.int32)
 
     def _record(self, arm: Arm, number: int, index: int, item: WorkItem, job: Job, done: JobResult) -> None:
+        expected: Sequence[int] | None = item.response_ids.tolist()
         if self.plan.is_live:
-            expected: Sequence[int] = self.expected.setdefault(index, done.output_ids)
-        else:
-            expected = item.response_ids.tolist()
+            expected = self.expected.setdefault(index, done.output_ids)
+            if self.plan.temperature and arm.kind == "transformers":
+                expected = None  # it draws its own noise: the law is the same, the text is not
         self.run.rows.append(
             make_row(
                 done,
@@ -200,10 +231,11 @@ class _Runner:
                 trace=item.trace,
                 prompt_tokens=len(job.prompt_ids),
                 expected=expected,
+                load=f"x{arm.concurrency}" if arm.concurrency > 1 else "",
             )  # fmt: skip
         )
         first = self.work.items[0]
-        if number == 0 and (item.source, item.trace) == (first.source, first.trace):
+        if number == 0 and arm.concurrency == 1 and (item.source, item.trace) == (first.source, first.trace):
             starts = [0.0, *done.stamps[:-1]]
             self.run.timeline += [
                 StepMark(arm=arm.name, call=index, start_s=round(a, 6), end_s=round(b, 6), emitted=count)

@@ -28,12 +28,18 @@ __all__ = [
     "Summary",
     "Warmth",
     "WorkloadInfo",
+    "at_load",
     "read_result",
     "write_result",
 ]
 
 SCHEMA = "specdec.bench/1"
 Warmth = Literal["cold", "self-warmed", "warmed"]
+
+
+def at_load(name: str, load: str) -> str:
+    """The full name of an arm under a load: its own name where it ran one call after the other."""
+    return f"{name} {load}".rstrip()
 
 
 class _Record(BaseModel):
@@ -92,6 +98,7 @@ class Row(_Record):
     output_tokens: int
     seconds: float
     first_token_s: float
+    first_tokens: int = Field(default=1, description="tokens that came with the first one")
     num_steps: int
     num_accepted: int
     num_drafted: int | None = Field(default=None, description="None: the arm does not show it")
@@ -103,6 +110,9 @@ class Row(_Record):
     num_drafting_steps: int = 0
     parts_ms: dict[str, float] = Field(default_factory=dict)
     output_sha256: str
+    load: str = Field(default="", description="under which load: xN, N requests at a time; N/s; trace")
+    start_s: float | None = Field(default=None, description="when it was sent, where requests overlap; from the start")
+    error: str | None = Field(default=None, description="why a request failed; it then counts in no other figure")
     same_output: bool | None = Field(default=None, description="as recorded (replay) or as the baseline's (live)")
     distinct_ngrams: float = Field(description="distinct 4-grams of the output / its 4-grams; near 0: it loops")
 
@@ -126,7 +136,11 @@ class Percentiles(_Record):
 
 
 class Speedup(_Record):
-    """Ratio of pooled tokens/s to a reference arm's, with its 95 % bootstrap interval over episodes."""
+    """Ratio of pooled tokens/s to a reference arm's at the same load, and its interval.
+
+    One call after the other: the 95 % bootstrap interval over episodes. Overlapping requests have no times of their own
+    to resample, so there the interval is the least and the greatest ratio of two rounds.
+    """
 
     value: float
     low: float
@@ -138,17 +152,23 @@ class Summary(_Record):
 
     arm: str
     source: str
+    load: str = ""
     num_calls: int
     num_runs: int
+    errors: dict[str, int] = Field(default_factory=dict, description="requests that failed, by reason")
     output_tokens: int
-    tokens_per_s: float
+    tokens_per_s: float = Field(description="over the summed time of the calls; where they overlap, over the wall time")
+    requests_per_s: float
     tokens_per_s_by_round: list[float]
     speedups: dict[str, Speedup] = Field(description="by reference arm")
+    decode_tokens_per_s: float | None = Field(default=None, description="tokens behind the first / time behind it")
+    decode_speedups: dict[str, Speedup] = Field(default_factory=dict, description="the same ratios without prompts")
     mean_of_ratios: float | None = Field(description="Spec-Bench's: mean tokens/s per call over the baseline's mean")
-    acceptance_length: float = Field(description="pooled: emitted / steps, bonus included")
+    acceptance_length: float | None = Field(description="pooled: emitted / steps, bonus included; None: not shown")
     acceptance_length_drafting: float | None = Field(description="pooled over steps that drafted: vLLM's")
-    acceptance_length_per_request: float = Field(description="unweighted mean over requests: SpecForge's")
+    acceptance_length_per_request: float | None = Field(description="unweighted mean over requests: SpecForge's")
     acceptance_rate: float | None
+    drafted_per_step: float | None = None
     accepted_at: list[float] = Field(description="accepted at position i / drafting steps")
     accepted_at_given: list[float] = Field(description="the same given all earlier positions accepted and i drafted")
     accepted_histogram: list[int]

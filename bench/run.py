@@ -1,4 +1,4 @@
-"""One benchmark from options to a result: replay and live, for the command line and for scripts."""
+"""One benchmark from options to a result: simulate, replay and live, for the command line and for scripts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 
-from specdec.bench.arm_builder import build_arms
+from specdec.bench.arm_builder import build_arms, build_simulated_arms
 from specdec.bench.arms import Arm, EngineArm
 from specdec.bench.cost_curve import cost_curve
+from specdec.bench.guards import OthersLoad, guard
 from specdec.bench.loaders import Skips
 from specdec.bench.measure import environment
-from specdec.bench.metrics import guard, summarize
+from specdec.bench.metrics import summarize
 from specdec.bench.replay import Plan, Run, run_rounds
-from specdec.bench.results_schema import ArmInfo, BenchResult, Row, Warmth, read_result, write_result
+from specdec.bench.results_schema import ArmInfo, BenchResult, SourceFile, Warmth, at_load, read_result, write_result
 from specdec.bench.targets import Target
 from specdec.bench.traces import Encode
 from specdec.bench.workload import Limits, Workload, built_in_calls
@@ -41,7 +42,7 @@ class BenchOptions:
     """What is run; goes into the result file as it is.
 
     Args:
-        mode: replay or live.
+        mode: simulate, replay or live.
         arms: names for ``build_arms``; the first reference among them is the baseline.
         rounds: timed rounds.
         budget: most draft tokens per step; None: follows what is accepted.
@@ -51,6 +52,10 @@ class BenchOptions:
         max_prompt: tokens; 0 = all.
         max_response: tokens; 0 = all.
         seed: of the bootstrap, the built-in workload and random weights.
+        temperature: 0 is greedy; a replay's answer stays the recorded one.
+        top_p: 1 = off.
+        concurrency: requests at a time; every further number runs our arms once more.
+        keep_rows: False leaves rows and timeline out of the file: smaller, but it cannot be resumed.
         slo_ms: (to the first token, per further token) for goodput.
         strict: the first faulty record is an error.
     """
@@ -65,16 +70,28 @@ class BenchOptions:
     max_prompt: int = 0
     max_response: int = 0
     seed: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    concurrency: tuple[int, ...] = (1,)
+    keep_rows: bool = True
     slo_ms: tuple[float, float] | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
-        if self.mode not in ("replay", "live"):
-            raise ConfigError(f"mode must be replay or live, got {self.mode!r}")
+        if self.mode not in ("simulate", "replay", "live"):
+            raise ConfigError(f"mode must be simulate, replay or live, got {self.mode!r}")
         if not self.arms:
             raise ConfigError("arms must name at least one, got none")
         if self.warmth not in ("cold", "self-warmed", "warmed"):
             raise ConfigError(f"warmth must be cold, self-warmed or warmed, got {self.warmth!r}")
+        if self.rounds < 1:
+            raise ConfigError(f"rounds must be at least 1, got {self.rounds}")
+        if not self.concurrency or min(self.concurrency) < 1 or len(set(self.concurrency)) < len(self.concurrency):
+            raise ConfigError(f"concurrency must be different numbers >= 1, got {self.concurrency}")
+        if max(self.concurrency) > 1 and self.mode == "simulate":
+            raise ConfigError("a simulation has no clock, so concurrency must be 1")
+        if max(self.concurrency) > 1 and self.warmth == "cold":
+            raise ConfigError("stores that forget before every call cannot serve several at a time: not with cold")
 
 
 def make_workload(paths: Sequence[Path], encode: Encode, options: BenchOptions, *, format: str = "auto") -> Workload:
@@ -87,16 +104,17 @@ def make_workload(paths: Sequence[Path], encode: Encode, options: BenchOptions, 
     limits = Limits(options.calls, options.max_prompt, options.max_response)
     if paths:
         return Workload.from_paths(
-            paths, encode, limits, is_strict=options.strict, needs_response=options.mode == "replay", format=format
+            paths, encode, limits, is_strict=options.strict, needs_response=options.mode != "live", format=format
         )
     count = options.calls or _BUILT_IN_CALLS
     return Workload.of(
-        [("stdlib-edits", lambda: built_in_calls(count, seed=options.seed))], encode, limits, skips=Skips()
-    )
+        [("stdlib-edits", lambda: built_in_calls(count, seed=options.seed))], encode, limits, skips=Skips(),
+        files=[SourceFile(source="stdlib-edits", name="built-in")],
+    )  # fmt: skip
 
 
 def run_bench(
-    target: Target,
+    target: Target | None,
     work: Workload,
     options: BenchOptions,
     *,
@@ -110,11 +128,11 @@ def run_bench(
     """Run all arms over the workload; the result is complete, or marked as partial after Ctrl-C.
 
     Args:
-        target: the model of all arms.
+        target: the model of all arms; None: a simulation.
         work: the calls.
         options: how.
         output: file that the result goes to, also while it runs.
-        resume: go on from the whole rounds of ``output``.
+        resume: go on from what ``output`` holds: the sources that each round finished.
         assistant: the small model of assisted generation.
         training: answered calls for warmed stores.
         tokenizer: for live answers that later prompts quote; None: the target's own.
@@ -125,27 +143,49 @@ def run_bench(
     """
     if options.warmth == "warmed" and training is None:
         raise ConfigError("warmed stores need training traces")
-    load_before = os.getloadavg()[0]
-    room = _room(target, work, options)
-    arms = build_arms(options.arms, target.model, budget=options.budget, assistant=assistant, kv_tokens=room)
-    arms.sort(key=lambda arm: _REFERENCES.index(arm.name) if arm.name in _REFERENCES else len(_REFERENCES))
+    if (target is None) != (options.mode == "simulate"):
+        raise ConfigError(f"mode {options.mode} needs {'no' if target else 'a'} model")
+    arms = _arms(target, work, options, assistant)
     with ExitStack() as stack:
         for arm in arms:
             stack.callback(arm.close)
         result = _empty_result(target, work, options, arms)
-        done = _rows_to_keep(output, result) if resume else []
-        plan = _plan(target, options, training, tokenizer or target.tokenizer)
-        saver = _Saver(result, output, options, len(work.items), on_progress)
-        run = run_rounds(arms, work, plan, done_rows=done, on_step=saver.step)
+        before = _before(output, result) if resume else None
+        words = tokenizer or (target.tokenizer if target is not None else None)
+        saver = _Saver(result, output, options, on_progress)
+        watch = OthersLoad()
+        run = run_rounds(
+            arms, work, _plan(target, options, training, words), on_step=saver.step,
+            done_rows=before.rows if before else (),
+            done_failures=[arm.name for arm in before.arms if arm.failure] if before else (),
+        )  # fmt: skip
+        others = watch.cores()
         _take(result, run, options)
-        engines = [arm.engine for arm in arms if isinstance(arm, EngineArm)]
-        if engines and not run.is_partial:
+        engines = [arm.engine for arm in arms if isinstance(arm, EngineArm) and arm.concurrency == 1]
+        if engines and target is not None and not run.is_partial:
             result.cost_curve = cost_curve(engines[0], work)
     result.memory = _memory()
-    result.flags = guard(result, load_before=load_before, cores=os.cpu_count() or 1)
+    result.flags = guard(result, others=others, cores=os.cpu_count() or 1)
     if output is not None:
-        write_result(output, result)
+        write_result(output, result if options.keep_rows else result.model_copy(update={"rows": [], "timeline": []}))
     return result
+
+
+def _arms(target: Target | None, work: Workload, options: BenchOptions, assistant: Any) -> list[Arm]:
+    """The arms, the references first."""
+    if target is None:
+        arms = build_simulated_arms(options.arms, _largest_id(work) + 1, budget=options.budget)
+    else:
+        arms = build_arms(
+            options.arms, target.model, budget=options.budget, assistant=assistant, concurrency=options.concurrency,
+            kv_tokens=_room(target, work, options),
+        )  # fmt: skip
+    arms.sort(key=lambda arm: _REFERENCES.index(arm.name) if arm.name in _REFERENCES else len(_REFERENCES))
+    return arms
+
+
+def _largest_id(work: Workload) -> int:
+    return max(int(ids.max(initial=0)) for item in work.items for ids in (item.prompt_ids, item.response_ids))
 
 
 def _room(target: Target, work: Workload, options: BenchOptions) -> int:
@@ -157,22 +197,28 @@ def _room(target: Target, work: Workload, options: BenchOptions) -> int:
         raise ConfigError(
             f"a call of {max(lengths)} tokens is too long for a context of {limit}: set max_prompt and max_response"
         )
-    largest = max(int(ids.max(initial=0)) for item in work.items for ids in (item.prompt_ids, item.response_ids))
+    largest = _largest_id(work)
     if largest >= vocab_size:
         raise ConfigError(
             f"the tokenizer gives token {largest}, but the model has {vocab_size}: take its own tokenizer"
         )
     has_gaps = any(item.parts is not None for item in work.items)  # prompts that grow by live answers
+    if has_gaps and max(options.concurrency) > 1:
+        raise ConfigError("prompts that quote earlier live answers must be asked one after the other: concurrency 1")
     return limit if has_gaps else max(lengths) + _DRAFT_ROOM
 
 
-def _plan(target: Target, options: BenchOptions, training: Workload | None, tokenizer: Any) -> Plan:
+def _plan(target: Target | None, options: BenchOptions, training: Workload | None, tokenizer: Any) -> Plan:
     is_live = options.mode == "live"
     return Plan(
         is_live=is_live,
+        is_timed=target is not None,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
         rounds=options.rounds,
         max_new_tokens=options.max_new_tokens,
-        stop_ids=target.stop_ids if is_live else (),
+        stop_ids=target.stop_ids if is_live and target is not None else (),
         warmth=options.warmth,
         training=training.items if training is not None else (),
         decode=None if tokenizer is None else lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
@@ -180,15 +226,16 @@ def _plan(target: Target, options: BenchOptions, training: Workload | None, toke
     )
 
 
-def _empty_result(target: Target, work: Workload, options: BenchOptions, arms: Sequence[Arm]) -> BenchResult:
-    names = [arm.name for arm in arms]
+def _empty_result(target: Target | None, work: Workload, options: BenchOptions, arms: Sequence[Arm]) -> BenchResult:
+    # A speed-up needs a target whose time is saved.
+    names = [name for name in options.arms if target is not None]
     return BenchResult.model_validate(
         {
             "mode": options.mode,
             "environment": environment(),
             "settings": json.loads(json.dumps(asdict(options))),  # as it will be read again
             "workload": work.info().model_dump(),
-            "model": target.info.model_dump(),
+            "model": None if target is None else target.info.model_dump(),
             "references": [name for name in _REFERENCES if name in names] or names[:1],
             "arms": [
                 ArmInfo(name=arm.name, kind=arm.kind, warmth=_warmth(arm, options), options=_arm_options(arm))
@@ -199,24 +246,24 @@ def _empty_result(target: Target, work: Workload, options: BenchOptions, arms: S
 
 
 def _warmth(arm: Arm, options: BenchOptions) -> Warmth:
-    return options.warmth if isinstance(arm, EngineArm) and arm.name != "plain" else "cold"
+    return options.warmth if isinstance(arm, EngineArm) and arm.budget != 0 else "cold"
 
 
 def _arm_options(arm: Arm) -> dict[str, Any]:
-    return {"budget": arm.budget} if isinstance(arm, EngineArm) else {}
+    return {"budget": arm.budget, "concurrency": arm.concurrency} if isinstance(arm, EngineArm) else {}
 
 
-def _rows_to_keep(output: Path | None, result: BenchResult) -> list[Row]:
-    """The rows of an interrupted run, if it was the same run."""
+def _before(output: Path | None, result: BenchResult) -> BenchResult | None:
+    """What an interrupted run left, if it was the same run."""
     if output is None:
         raise ConfigError("resuming needs the output file of the interrupted run")
     if not output.exists():
-        return []
+        return None
     before = read_result(output)
     for name in ("mode", "settings", "workload", "model"):
         if getattr(before, name) != getattr(result, name):
             raise ConfigError(f"{output} holds another run: its {name} differs, so it cannot be resumed")
-    return before.rows
+    return before
 
 
 class _Saver:
@@ -227,11 +274,10 @@ class _Saver:
         result: BenchResult,
         output: Path | None,
         options: BenchOptions,
-        num_calls: int,
         on_progress: Callable[[int, int], None] | None,
     ) -> None:
         self._result, self._output, self._options = result, output, options
-        self._total, self._on_progress = num_calls * options.rounds, on_progress
+        self._total, self._on_progress = result.workload.num_calls * options.rounds, on_progress
         self._saved_at = perf_counter()
 
     def step(self, run: Run) -> None:
@@ -249,7 +295,11 @@ def _take(result: BenchResult, run: Run, options: BenchOptions) -> None:
     result.energy_j = {name: joules for name, joules in run.energy_j.items() if joules}
     for arm in result.arms:
         arm.failure = run.failures.get(arm.name)
-    result.references = [name for name in result.references if name not in run.failures]
+    loads = {row.load for row in run.rows}
+    ran = {row.arm for row in run.rows}
+    result.references = [
+        name for name in result.references if not run.rows or any(at_load(name, load) in ran for load in loads)
+    ]
     result.summaries = summarize(run.rows, result.references, seed=options.seed, slo_ms=options.slo_ms)
 
 

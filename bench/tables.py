@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 
 from specdec.bench.metrics import ALL
 from specdec.bench.results_schema import BenchResult, Speedup, Summary
@@ -37,6 +37,10 @@ def _ratio(speedup: Speedup | None) -> str:
     return "" if speedup is None else f"{speedup.value:.2f}x ({speedup.low:.2f} to {speedup.high:.2f})"
 
 
+def _length(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
 def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
@@ -50,32 +54,75 @@ def result_table(result: BenchResult, *, source: str = ALL) -> Table:
     known = {summary.source for summary in result.summaries}
     if known and source not in known:
         raise ConfigError(f"source must be one of {', '.join(sorted(known))}, got {source!r}")
-    against = [f"against {name} (95 %)" for name in result.references]
-    rows: Table = [
-        ["arm", "tokens/s", *against, "length", "per request", "drafted ok", "TTFT p50", "TPOT p50", "p99", "same"]
-    ]
+    heads, figures = _COLUMNS.get(result.mode, (_timed_heads, _timed_figures))
+    rows: Table = [["arm", *heads(result)]]
     for arm in result.arms:
         summary = result.summary(arm.name, source)
         if summary is not None:
-            rows.append([arm.name, *_figures(summary, result.references)])
+            rows.append([arm.name, *figures(summary, result)])
         else:
             reason = f"failed: {arm.failure}" if arm.failure else "did not run"
             rows.append([arm.name, reason, *[""] * (len(rows[0]) - 2)])
     return rows
 
 
-def _figures(s: Summary, references: Sequence[str]) -> list[str]:
+def _timed_heads(result: BenchResult) -> list[str]:
+    against = [f"against {name} (95 %)" for name in result.references]
+    return ["tokens/s", *against, "length", "per request", "drafted ok", "TTFT p50", "TPOT p50", "p99", "same"]
+
+
+def _timed_figures(s: Summary, result: BenchResult) -> list[str]:
     return [
         f"{s.tokens_per_s:.1f}",
-        *(_ratio(s.speedups.get(name)) for name in references),
-        f"{s.acceptance_length:.2f}",
-        f"{s.acceptance_length_per_request:.2f}",
+        *(_ratio(s.speedups.get(name)) for name in result.references),
+        _length(s.acceptance_length),
+        _length(s.acceptance_length_per_request),
         _percent(s.acceptance_rate),
         f"{s.ttft_ms.p50:.0f} ms",
         f"{s.tpot_ms.p50:.1f} ms",
         f"{s.tpot_ms.p99:.1f} ms",
         _percent(s.same_output),
     ]
+
+
+def _simulated_heads(result: BenchResult) -> list[str]:
+    return ["length", "per request", "drafting steps", "drafted/step", "drafted ok", "draft us/token", "same"]
+
+
+def _simulated_figures(s: Summary, result: BenchResult) -> list[str]:
+    return [
+        _length(s.acceptance_length),
+        _length(s.acceptance_length_per_request),
+        _length(s.acceptance_length_drafting),
+        _length(s.drafted_per_step),
+        _percent(s.acceptance_rate),
+        f"{1e3 * s.parts_ms_per_token.get('draft', 0.0):.1f}",
+        _percent(s.same_output),
+    ]
+
+
+def _served_heads(result: BenchResult) -> list[str]:
+    return ["requests", "failed", "requests/s", "tokens/s", *(f"against {name}" for name in result.references),
+            "TTFT p50", "p90", "p99", "TPOT p50", "p90", "p99", "goodput/s"]  # fmt: skip
+
+
+def _served_figures(s: Summary, result: BenchResult) -> list[str]:
+    times = [f"{value:.1f} ms" for part in (s.ttft_ms, s.tpot_ms) for value in (part.p50, part.p90, part.p99)]
+    return [
+        str(s.num_runs),
+        str(sum(s.errors.values())),
+        f"{s.requests_per_s:.2f}",
+        f"{s.tokens_per_s:.1f}",
+        *(_ratio(s.speedups.get(name)) for name in result.references),
+        *(times if s.num_runs else [""] * len(times)),
+        "" if s.goodput_per_s is None else f"{s.goodput_per_s:.2f}",
+    ]
+
+
+_COLUMNS: Mapping[str, tuple[Callable[[BenchResult], list[str]], Callable[[Summary, BenchResult], list[str]]]] = {
+    "simulate": (_simulated_heads, _simulated_figures),
+    "serve": (_served_heads, _served_figures),
+}  # what a mode has to say; the others are timed alone
 
 
 def compare_table(first: BenchResult, second: BenchResult) -> tuple[Table, list[str]]:
@@ -113,6 +160,8 @@ def compare_table(first: BenchResult, second: BenchResult) -> tuple[Table, list[
 
 
 def _compared(a: Summary, b: Summary) -> list[str]:
+    if not a.num_runs or not b.num_runs:
+        return [a.source, a.arm, *("failed" if not s.num_runs else "" for s in (a, b)), "", "", ""]
     ratio = b.tokens_per_s / a.tokens_per_s
     # Rounds are the repetitions: where their ranges overlap, the difference may be noise.
     rounds_a, rounds_b = a.tokens_per_s_by_round, b.tokens_per_s_by_round
@@ -123,6 +172,6 @@ def _compared(a: Summary, b: Summary) -> list[str]:
         f"{a.tokens_per_s:.1f}",
         f"{b.tokens_per_s:.1f}",
         f"{ratio:.2f}x" + ("" if is_clear else " ~"),
-        f"{a.acceptance_length:.2f}",
-        f"{b.acceptance_length:.2f}",
+        _length(a.acceptance_length),
+        _length(b.acceptance_length),
     ]

@@ -1,4 +1,4 @@
-"""``specdec bench``: measurements on recorded traffic."""
+"""``specdec bench retrieval``: suffix drafting against arctic-inference, in quality and in speed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bench(
     peer: Annotated[bool, typer.Option("--peer/--no-peer", help="Also run arctic-inference, where installed.")] = True,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the result here, as JSON.")] = None,
 ) -> None:
-    """Measure drafters on recorded traffic.
+    """Measure suffix drafting on recorded traffic, against arctic-inference where it is installed.
 
     Simulation replays every file through fresh drafters, calls in order, and compares arms at equal numbers of drafted
     tokens per step. Results are also given for the half of the episodes that nothing was tuned on.

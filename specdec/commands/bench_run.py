@@ -1,6 +1,6 @@
 """``specdec bench``: simulation, replay and live runs, and what can be done with their results.
 
-specdec bench --traces FILE --tokenizer DIR
+specdec bench --mode simulate --tokenizer DIR --traces FILE --out result.json
 specdec bench --mode replay --shape qwen2.5-0.5b --tokenizer DIR --traces FILE --out result.json
 specdec bench compare A.json B.json
 specdec bench report result.json --html report.html
@@ -8,6 +8,7 @@ specdec bench report result.json --html report.html
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ from typer.core import TyperGroup
 from specdec.commands import printing
 from specdec.commands.bench import bench
 from specdec.commands.loading import load_model
-from specdec.commands.options import BudgetOption, DeviceOption, DTypeOption, SeedOption
+from specdec.commands.options import BudgetOption, DeviceOption, DTypeOption, SeedOption, TemperatureOption
 from specdec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,27 +28,27 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 _EXIT_DOUBTFUL = 1
+_DEFAULT_ARMS = {True: "plain,ngram,suffix,lookahead", False: "plain,ngram,suffix,generate,prompt-lookup"}  # simulated?
 _EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 class _ByMode(TyperGroup):
-    """``bench --mode replay ...`` is ``bench run --mode replay ...``; without a mode it is a simulation."""
+    """``bench --mode replay ...`` is ``bench run --mode replay ...``; with --parts it is the retrieval benchmark."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
-            words = [word for arg in args for word in arg.split("=", 1)]
-            after = words[words.index("--mode") + 1 :] if "--mode" in words else []
-            args = ["simulate" if not after or after[0] == "simulate" else "run", *args]
+            names = {arg.split("=", 1)[0] for arg in args}
+            args = ["retrieval" if "--parts" in names else "run", *args]
         return super().parse_args(ctx, args)
 
 
 app = typer.Typer(
     cls=_ByMode,
-    help="Measure on recorded traffic. Without a command: `simulate`, or with --mode replay or live: `run`.",
+    help="Measure on recorded traffic. Without a command: `run`; with --parts: `retrieval`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command("simulate")(bench)
+app.command("retrieval")(bench)
 TracesOption = Annotated[
     list[Path] | None, typer.Option("--traces", help="A trace file or folder; may be repeated. None: built-in edits.")
 ]
@@ -58,8 +59,8 @@ def run(
     out: Annotated[Path, typer.Option("--out", "-o", help="The result file.")],
     traces: TracesOption = None,
     mode: Annotated[
-        str, typer.Option("--mode", help="replay: recorded answers are forced; live: the model speaks.")
-    ] = "replay",
+        str, typer.Option("--mode", help="simulate: no model; replay: recorded answers are forced; live: it speaks.")
+    ] = "simulate",
     model: Annotated[str | None, typer.Option("--model", "-m", help="A model with weights.")] = None,
     shape: Annotated[
         str | None, typer.Option("--shape", help="Random weights: a known shape, or a config.json.")
@@ -69,9 +70,17 @@ def run(
     ] = None,
     assistant: Annotated[str | None, typer.Option("--assistant", help="The small model of the arm `assisted`.")] = None,
     arms: Annotated[
-        str, typer.Option("--arms", help="Comma-separated; a wrong name lists them all.")
-    ] = "plain,ngram,suffix,generate,prompt-lookup",
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds.")] = 3,
+        str | None,
+        typer.Option("--arms", help="Comma-separated; a wrong name lists them. Default: ours, and peers if timed."),
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", min=1, help="Timed rounds; default 3, of a simulation 1.")
+    ] = None,
+    concurrency: Annotated[
+        str, typer.Option("--concurrency", help="Requests at a time, such as 1,4,16: a sweep with plain at each.")
+    ] = "1",
+    temperature: TemperatureOption = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", help="1: off.")] = 1.0,
     budget: BudgetOption = None,
     warmth: Annotated[str, typer.Option("--warmth", help="cold, self-warmed or warmed.")] = "self-warmed",
     train: Annotated[list[Path] | None, typer.Option("--train", help="Traces that warmed stores know.")] = None,
@@ -82,7 +91,8 @@ def run(
     slo: Annotated[str | None, typer.Option("--slo", help="TTFT,TPOT in milliseconds, for goodput.")] = None,
     format: Annotated[str, typer.Option("--format", help="Of the traces; auto: told from their keys.")] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="The first faulty record is an error.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the whole rounds of the result file.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what the result file has.")] = False,
+    compact: Annotated[bool, typer.Option("--compact", help="Leave single calls out of the file.")] = False,
     seed: SeedOption = 0,
     dtype: DTypeOption = "auto",
     device: DeviceOption = "auto",
@@ -90,12 +100,15 @@ def run(
     """Time every arm on the same calls in turns; Ctrl-C keeps what there is, --resume goes on."""
     from specdec.bench.run import BenchOptions, make_workload, run_bench
 
+    is_simulated = mode == "simulate"
     options = BenchOptions(
-        mode=mode, arms=tuple(filter(None, arms.split(","))), rounds=rounds, budget=budget, warmth=warmth,  # type: ignore[arg-type]
+        mode=mode, arms=tuple(filter(None, (arms or _DEFAULT_ARMS[is_simulated]).split(","))),
+        rounds=rounds or (1 if is_simulated else 3), budget=budget, warmth=warmth,  # type: ignore[arg-type]
         max_new_tokens=max_new_tokens, calls=calls, max_prompt=max_prompt, max_response=max_response, seed=seed,
-        slo_ms=_slo(slo), strict=strict,
+        temperature=temperature, top_p=top_p, concurrency=numbers("concurrency", concurrency, int),
+        keep_rows=not compact, slo_ms=_slo(slo), strict=strict,
     )  # fmt: skip
-    target, words = _target(model, shape, tokenizer, dtype, device)
+    target, words = _target(is_simulated, model, shape, tokenizer, dtype, device)
     helper = None if assistant is None else load_model(assistant, dtype=dtype, device=device).model
 
     def encode(text: str) -> Any:
@@ -112,12 +125,29 @@ def run(
             target, work, options, output=out, resume=resume, assistant=helper, training=training, tokenizer=words,
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
+    finish(result, out)
+
+
+def finish(result: BenchResult, out: Path) -> None:
+    """Show a result; the exit status says whether it is whole and free of errors."""
     _show(result)
     printing.note(f"written to {out}")
     if result.is_partial:
         raise typer.Exit(_EXIT_INTERRUPTED)
     if any(flag.severity == "error" for flag in result.flags):
         raise typer.Exit(_EXIT_DOUBTFUL)
+
+
+def numbers(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    """The numbers of a comma-separated option.
+
+    Raises:
+        ConfigError: one is none.
+    """
+    try:
+        return tuple(kind(word) for word in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{name} must be numbers with commas between them, got {text!r}") from None
 
 
 def _slo(text: str | None) -> tuple[float, float] | None:
@@ -130,26 +160,36 @@ def _slo(text: str | None) -> tuple[float, float] | None:
     return first, further
 
 
-def _target(model: str | None, shape: str | None, tokenizer: str | None, dtype: Any, device: str) -> tuple[Target, Any]:
-    """The model under test and the tokenizer of the traces."""
+def _tokenizer(name: str | None) -> Any:
+    """The tokenizer of the traces."""
     import transformers
 
-    from specdec.bench.targets import load_target, random_target
     from specdec.errors import LoadError
 
+    if name is None:
+        raise ConfigError("without a model's own tokenizer, give one with --tokenizer")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise LoadError(f"cannot load a tokenizer from {name!r}: {error}") from error
+
+
+def _target(
+    is_simulated: bool, model: str | None, shape: str | None, tokenizer: str | None, dtype: Any, device: str
+) -> tuple[Target | None, Any]:
+    """The model under test and the tokenizer of the traces."""
+    from specdec.bench.targets import load_target, random_target
+
+    if is_simulated:
+        if model is not None or shape is not None:
+            raise ConfigError("a simulation has no model: leave --model and --shape out, or choose --mode replay")
+        return None, _tokenizer(tokenizer)
     if (model is None) == (shape is None):
         raise ConfigError("give the model as --model (with weights) or --shape (random ones), exactly one of them")
-    words = None
-    if tokenizer is not None:
-        try:
-            words = transformers.AutoTokenizer.from_pretrained(tokenizer)
-        except (OSError, ValueError) as error:
-            raise LoadError(f"cannot load a tokenizer from {tokenizer!r}: {error}") from error
+    words = None if tokenizer is None and model is not None else _tokenizer(tokenizer)
     if model is not None:
         loaded = load_model(model, dtype=dtype, device=device, needs_tokenizer=words is None)
         return load_target(loaded.model, loaded.tokenizer, loaded.name), words or loaded.tokenizer
-    if words is None:
-        raise ConfigError("a model of random weights has no tokenizer: give one with --tokenizer")
     place = "cpu" if device == "auto" else device
     kind = "float32" if dtype == "auto" else dtype
     with printing.status(f"making {shape}"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from specdec.bench.arms import EngineArm, GenerateArm, Job
 from specdec.bench.forcing import ForcedResponse
+from specdec.build import build_engine
 from specdec.errors import ConfigError, UnsupportedError
 from tests.tiny_models import tiny_llama
 
@@ -28,13 +31,17 @@ def job(length: int = 40, seed: int = 0) -> Job:
     return Job(prompt, len(answer), answer)
 
 
+def engine_of(model):
+    return partial(build_engine, model, kv_tokens=400)
+
+
 def arms(model):
     return [
         GenerateArm("generate", model),
         GenerateArm("prompt lookup", model, prompt_lookup_num_tokens=6),
-        EngineArm("plain", model, "none", kv_tokens=200),
-        EngineArm("ngram", model, "ngram", kv_tokens=400, budget=8),
-        EngineArm("ngram chain", model, "ngram", drafter_options={"max_branches": 1}, kv_tokens=400),
+        EngineArm("plain", engine_of(model), "none"),
+        EngineArm("ngram", engine_of(model), "ngram", budget=8),
+        EngineArm("ngram chain", engine_of(model), "ngram", drafter_options={"max_branches": 1}),
     ]
 
 
@@ -42,7 +49,7 @@ def test_every_arm_returns_the_recorded_answer(model):
     for arm in arms(model):
         for one in (job(), job(1), job(33, seed=1)):
             assert one.forced_ids is not None
-            done = arm.run(one)
+            (done,) = arm.run([one])
             assert done.output_ids == one.forced_ids.tolist(), arm.name
             assert sum(done.emitted) == len(done.output_ids), arm.name
             assert len(done.stamps) == len(done.emitted), arm.name
@@ -50,7 +57,7 @@ def test_every_arm_returns_the_recorded_answer(model):
 
 
 def test_speculating_arms_need_fewer_steps_and_say_what_they_did(model):
-    plain, lookup, ours, drafted, _ = (arm.run(job()) for arm in arms(model))
+    plain, lookup, ours, drafted, _ = (arm.run([job()])[0] for arm in arms(model))
     assert len(plain.emitted) == len(ours.emitted) == 40
     assert len(lookup.emitted) < 30
     assert len(drafted.emitted) < 20
@@ -65,7 +72,7 @@ def test_prompt_lookup_is_not_told_the_answer(model):
     # A prompt that promises a copy, and an answer that breaks the promise at once.
     prompt = np.array([1, 2, 3, 4, 5, 6, 7, 8, 1, 2], dtype=np.int32)
     answer = np.array([90, 1, 2, 91, 1, 2, 92], dtype=np.int32)
-    done = GenerateArm("prompt lookup", model, prompt_lookup_num_tokens=5).run(Job(prompt, 7, answer))
+    (done,) = GenerateArm("prompt lookup", model, prompt_lookup_num_tokens=5).run([Job(prompt, 7, answer)])
     assert done.output_ids == answer.tolist()
     scores = ForcedResponse([answer], 10)(torch.zeros(1, 10, dtype=torch.int64), torch.ones(1, 257))
     assert torch.isfinite(scores).all()
@@ -116,18 +123,18 @@ def test_rows_of_a_padded_batch_are_forced_each_to_its_own_answer(model):
 
 def test_live_arms_say_the_same_and_stop_at_the_same_token(model):
     prompt = job().prompt_ids
-    free = GenerateArm("generate", model).run(Job(prompt, 24))
+    (free,) = GenerateArm("generate", model).run([Job(prompt, 24)])
     stop = free.output_ids[10]
     expected = free.output_ids[: free.output_ids.index(stop) + 1]
     assistant = GenerateArm("assisted", model, assistant=tiny_llama(seed=1))
     for arm in (*arms(model), assistant):
-        assert arm.run(Job(prompt, 24)).output_ids == free.output_ids, arm.name
-        assert arm.run(Job(prompt, 24, stop_ids=(stop,))).output_ids == expected, arm.name
+        assert arm.run([Job(prompt, 24)])[0].output_ids == free.output_ids, arm.name
+        assert arm.run([Job(prompt, 24, stop_ids=(stop,))])[0].output_ids == expected, arm.name
 
 
 def test_a_forced_assistant_is_refused(model):
     with pytest.raises(UnsupportedError, match="live only"):
-        GenerateArm("assisted", model, assistant=tiny_llama(seed=1)).run(job())
+        GenerateArm("assisted", model, assistant=tiny_llama(seed=1)).run([job()])
 
 
 def test_an_engine_arm_forgets_on_reset_and_can_be_warmed(model):
@@ -157,7 +164,7 @@ def test_an_engine_arm_forgets_on_reset_and_can_be_warmed(model):
         def stop(self, request_ids):
             self.stopped += request_ids
 
-    arm = EngineArm("learner", model, Learner, kv_tokens=200)
+    arm = EngineArm("learner", engine_of(model), Learner)
     arm.reset()
     arm.warm([job()])
     assert len(made) == 2

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from specdec.bench.arms import JobResult
-from specdec.bench.metrics import distinct_ngrams, guard, make_row, speedup_interval, summarize
+from specdec.bench.guards import guard
+from specdec.bench.metrics import distinct_ngrams, make_row, speedup_interval, summarize
 from specdec.bench.results_schema import ArmInfo, BenchResult, WorkloadInfo
 from tests.bench.rows import row
 
@@ -28,7 +29,7 @@ def result_of(rows, *, references=("plain",), kinds=None, **given) -> BenchResul
 
 
 def codes(result: BenchResult, **given) -> list[str]:
-    return [flag.code for flag in guard(result, **{"load_before": 0.0, "cores": 2, **given})]
+    return [flag.code for flag in guard(result, **{"others": 0.0, "cores": 2, **given})]
 
 
 def test_a_row_counts_depths_reached_and_reached_after_full_acceptance():
@@ -115,9 +116,9 @@ def test_a_clean_run_has_no_flags():
 
 def test_a_speedup_above_the_acceptance_length_is_an_error_within_one_code_base():
     rows = [*rounds("plain", 1.0), *rounds("fast", 0.3, num_steps=5)]
-    flags = guard(result_of(rows), load_before=0.0, cores=2)
+    flags = guard(result_of(rows), others=0.0, cores=2)
     assert [(f.code, f.severity) for f in flags] == [("speedup-above-acceptance", "error")]
-    flags = guard(result_of(rows, kinds={"plain": "transformers"}), load_before=0.0, cores=2)
+    flags = guard(result_of(rows, kinds={"plain": "transformers"}), others=0.0, cores=2)
     assert [(f.code, f.severity) for f in flags] == [("speedup-above-acceptance", "warning")]
 
 
@@ -125,10 +126,10 @@ def test_looped_different_few_busy_spread_partial_and_failed_runs_are_flagged():
     looped = rounds("plain", 1.0, output_tokens=64, distinct_ngrams=0.1)
     assert codes(result_of(looped)) == ["looped-output"]
     different = [*rounds("plain", 1.0), *rounds("fast", 1.0, same_output=False)]
-    flags = guard(result_of(different), load_before=0.0, cores=2)
+    flags = guard(result_of(different), others=0.0, cores=2)
     assert [(f.code, f.severity) for f in flags] == [("different-output", "error")]
     assert codes(result_of([row()])) == ["few-runs"]
-    assert codes(result_of(rounds("plain", 1.0)), load_before=1.5) == ["busy-machine"]
+    assert codes(result_of(rounds("plain", 1.0)), others=1.5) == ["busy-machine"]
     assert codes(result_of(rounds("plain", 1.0), is_partial=True)) == ["partial"]
     uneven = [row(round=number, seconds=1 + number / 5) for number in range(3)]
     assert codes(result_of(uneven)) == ["spread"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -15,6 +16,7 @@ from specdec.cli import app
 from specdec.errors import ConfigError, LoadError
 from tests.bench.rows import row
 from tests.bench.test_metrics import result_of
+from tests.tiny_models import byte_tokenizer
 
 
 def sample(speed: float = 0.5, **given):
@@ -138,10 +140,42 @@ def test_the_commands_compare_and_report_read_result_files(tmp_path):
     assert page.read_text().startswith("<!doctype html>")
 
 
-def test_the_mode_picks_the_command():
+def test_the_mode_picks_the_command(tmp_path):
     done = CliRunner().invoke(app, ["bench", "--mode", "replay", "--out", "x.json"])
     assert isinstance(done.exception, ConfigError)
     assert "--model (with weights) or --shape" in str(done.exception)
     done = CliRunner().invoke(app, ["bench", "--mode=live", "--rounds", "0", "--out", "x.json"])
     assert done.exit_code == 2
     assert "rounds" in done.output
+    done = CliRunner().invoke(app, ["bench", "--parts", "host", "--out", "x.json"])
+    assert "--traces" in done.output  # of the retrieval benchmark, which needs them
+    for words, message in (
+        (["--concurrency", "1,x"], "concurrency must be numbers"),
+        (["--shape", "qwen2.5-0.5b"], "a simulation has no model"),
+        ([], "give one with --tokenizer"),
+        (["--mode", "replay", "--shape", "qwen2.5-0.5b"], "give one with --tokenizer"),
+        (["--slo", "3"], "slo must be two numbers"),
+        (["--tokenizer", str(tmp_path)], "cannot load a tokenizer"),
+    ):
+        done = CliRunner().invoke(app, ["bench", "--out", "x.json", *words])
+        assert message in str(done.exception)
+
+
+def test_a_simulation_from_the_command_line_writes_the_one_schema_and_all_readers_take_it(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path / "words")
+    traces, out, page = tmp_path / "t.jsonl", tmp_path / "r.json", tmp_path / "r.html"
+    traces.write_text(json.dumps({"trace": "t", "prompt": "copy: abcdefgh ijkl", "response": "abcdefgh ijkl"}) + "\n")
+    common = ["bench", "--mode", "simulate", "--tokenizer", str(tmp_path / "words"), "--traces", str(traces)]
+    done = CliRunner().invoke(app, [*common, "--out", str(out), "--arms", "plain,ngram"])
+    assert done.exit_code == 0, done.output
+    assert "drafted/step" in done.stdout
+    result = read_result(out)
+    assert (result.mode, len(result.rows)) == ("simulate", 2)
+    assert CliRunner().invoke(app, ["bench", "report", str(out), "--html", str(page)]).exit_code == 0
+    assert "Acceptance by position" in page.read_text()
+    done = CliRunner().invoke(app, ["bench", "compare", str(out), str(out)])
+    assert "ngram" in done.stdout
+    assert CliRunner().invoke(app, [*common, "--out", str(out), "--arms", "plain,ngram", "--compact"]).exit_code == 0
+    short = read_result(out)
+    assert short.rows == short.timeline == []
+    assert [s.acceptance_length for s in short.summaries] == [s.acceptance_length for s in result.summaries]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from specdec.bench.results_schema import read_result
 from specdec.bench.run import BenchOptions, make_workload, run_bench
 from specdec.bench.targets import load_target, random_target
 from specdec.bench.workload import Limits, Workload
+from specdec.build import build_engine
 from specdec.errors import ConfigError, LoadError
 from tests.tiny_models import byte_tokenizer, tiny_llama
 
@@ -86,11 +88,11 @@ def test_live_outputs_are_compared_with_the_baselines(target, traces, monkeypatc
 
     right = EngineArm.run
 
-    def wrong(self, job):
-        done = right(self, job)
+    def wrong(self, jobs):
+        (done,) = right(self, jobs)
         if self.name == "ngram":
             done.output_ids = [*done.output_ids[:-1], 0]
-        return done
+        return [done]
 
     monkeypatch.setattr(EngineArm, "run", wrong)
     flags = run_bench(target, make_workload([traces], encode, chosen), chosen).flags
@@ -118,12 +120,12 @@ def test_an_interrupted_run_keeps_what_it_has_and_resumes_from_whole_rounds(targ
     count = 0
     right = EngineArm.run
 
-    def interrupted(self, job):
+    def interrupted(self, jobs):
         nonlocal count
         count += 1
         if count == 2 + 8 + 3:  # warm-up, a whole round, and a bit
             raise KeyboardInterrupt
-        return right(self, job)
+        return right(self, jobs)
 
     monkeypatch.setattr(EngineArm, "run", interrupted)
     partial = run_bench(target, work, chosen, output=output)
@@ -155,6 +157,7 @@ class Recorder:
     """An arm that notes in which order it was used."""
 
     kind = "test"
+    concurrency = 1
 
     def __init__(self, name, log):
         self.name, self.log = name, log
@@ -165,11 +168,12 @@ class Recorder:
     def warm(self, jobs):
         self.log.append((self.name, f"warm {len(jobs)}"))
 
-    def run(self, job):
+    def run(self, jobs):
         from specdec.bench.arms import JobResult
 
+        (job,) = jobs
         self.log.append((self.name, int(job.prompt_ids[0])))
-        return JobResult(job.forced_ids.tolist(), 1.0, [1.0], [len(job.forced_ids)], [0])
+        return [JobResult(job.forced_ids.tolist(), 1.0, [1.0], [len(job.forced_ids)], [0])]
 
 
 def order(warmth: str, **given) -> list:
@@ -214,7 +218,7 @@ def test_what_does_not_fit_is_said_before_anything_runs(target, traces):
         run_bench(target, work, options(arms=("ngram@x",)))
     with pytest.raises(ConfigError, match="need training traces"):
         run_bench(target, work, options(warmth="warmed"))
-    with pytest.raises(ConfigError, match="mode must be replay or live"):
+    with pytest.raises(ConfigError, match="mode must be simulate, replay or live"):
         options(mode="fast")
     long = make_workload([traces], lambda text: encode(text) * 20, options())
     with pytest.raises(ConfigError, match="too long for a context of 256"):
@@ -273,10 +277,11 @@ class FakeArctic:
 def test_arctics_tree_drafts_inside_our_engine(target, traces):
     (item, *_) = make_workload([traces], encode, options()).items
     cache = FakeArctic()
-    arm = EngineArm("arctic", target.model, lambda: ArcticDrafter(cache), budget=4, kind="arctic", kv_tokens=200)
+    make = partial(build_engine, target.model, kv_tokens=200)
+    arm = EngineArm("arctic", make, lambda: ArcticDrafter(cache), budget=4, kind="arctic")
     from specdec.bench.arms import Job
 
-    done = arm.run(Job(item.prompt_ids, len(item.response_ids), item.response_ids))
+    (done,) = arm.run([Job(item.prompt_ids, len(item.response_ids), item.response_ids)])
     assert done.output_ids == item.response_ids.tolist()
     assert sum(done.accepted) > 5
     assert cache.log == ["start", "stop"]
@@ -285,39 +290,97 @@ def test_arctics_tree_drafts_inside_our_engine(target, traces):
 
 def test_every_name_builds_an_arm(target):
     names = [name for name in arm_names() if name not in ("suffix", "lookahead", "recycling")]
-    assert [arm.name for arm in build_arms(names, target.model, kv_tokens=100)] == names
+    assert sorted(arm.name for arm in build_arms(names, target.model, kv_tokens=100)) == sorted(names)
 
 
-def test_replay_and_a_dry_walk_agree_on_accepted_tokens(target, traces):
-    """What simulation does without a model: draft, compare with the recording, commit."""
-    from specdec.build import build_drafter
-    from specdec.types import Request, RequestState
+def test_replay_and_simulation_agree_on_every_step(target, traces):
+    """Only the counts of both can be equal: times are of different things."""
+    names = ("plain", "ngram", "ngram@2", "suffix", "lookahead")
+    work = make_workload([traces], encode, options())
+    replayed = run_bench(target, work, options(arms=names, rounds=1))
+    simulated = run_bench(None, work, options(mode="simulate", arms=names, rounds=1))
+    shown = ("arm", "call", "output_sha256", "num_steps", "num_accepted", "num_drafted", "accepted_histogram",
+             "reached", "reached_after", "num_drafting_steps", "same_output")  # fmt: skip
+    by_key = {(row.arm, row.call): row for row in replayed.rows}
+    assert len(simulated.rows) == len(replayed.rows) == 4 * len(names)
+    for row in simulated.rows:
+        other = by_key[row.arm, row.call]
+        assert {name: getattr(row, name) for name in shown} == {name: getattr(other, name) for name in shown}
+    assert simulated.summary("ngram").acceptance_length > 1.5
 
-    chosen = options(arms=("ngram",), rounds=1, warmth="cold")
+
+def test_a_simulation_has_no_speedups_and_says_which_arms_need_a_model(traces):
+    chosen = options(mode="simulate", arms=("plain", "ngram", "recycling", "generate"), rounds=1)
+    result = run_bench(None, make_workload([traces], encode, chosen), chosen)
+    assert result.model is None
+    assert result.references == []
+    assert all(not summary.speedups for summary in result.summaries)
+    failed = {arm.name: arm.failure for arm in result.arms if arm.failure}
+    assert set(failed) == {"recycling", "generate"}
+    assert all("needs a model" in reason for reason in failed.values())
+    assert [flag.code for flag in result.flags] == ["arm-failed"] * 2
+    with pytest.raises(ConfigError, match="mode simulate needs no model"):
+        run_bench(load_target(tiny_llama(), TOKENIZER, "tiny"), make_workload([traces], encode, chosen), chosen)
+    with pytest.raises(ConfigError, match="mode replay needs a model"):
+        run_bench(None, make_workload([traces], encode, options()), options())
+
+
+def test_a_sampled_replay_is_still_the_recording_and_a_sampled_live_run_is_the_same_for_all_our_arms(target, traces):
+    law = {"temperature": 1.0, "top_p": 0.95, "rounds": 1}
+    chosen = options(arms=("plain", "ngram", "generate", "prompt-lookup"), **law)
+    replayed = run_bench(target, make_workload([traces], encode, chosen), chosen)
+    assert {row.same_output for row in replayed.rows} == {True}
+    assert replayed.summary("prompt-lookup").acceptance_length > 1.2
+
+    chosen = options(mode="live", arms=("plain", "ngram", "generate"), max_new_tokens=12, **law)
     work = make_workload([traces], encode, chosen)
-    result = run_bench(target, work, chosen)
-    for row, item in zip(result.rows, work.items, strict=True):
-        drafter, state = build_drafter("ngram"), RequestState(Request("r", item.prompt_ids))
-        drafter.start([state])
-        answer, accepted, at = item.response_ids.tolist(), 0, 0
-        while at < len(answer):
-            tree = drafter.propose([state], [min(4, len(answer) - at - 1)])[0]
-            node, taken = 0, 0
-            while at + taken < len(answer):
-                child = [
-                    i
-                    for i in range(1, len(tree))
-                    if tree.parents[i] == node and tree.token_ids[i] == answer[at + taken]
-                ]
-                if not child:
-                    break
-                node, taken = child[0], taken + 1
-            emitted = answer[at : at + taken + 1]
-            # The calibration of ngram learns from outcomes: show it the same ones.
-            from types import SimpleNamespace
+    first, again = run_bench(target, work, chosen), run_bench(target, work, chosen)
+    ours = [row for row in first.rows if row.arm != "generate"]
+    assert {row.same_output for row in ours} == {True}
+    # transformers draws other noise: its text is another draw of the same law, so nothing is claimed about it.
+    assert {row.same_output for row in first.rows if row.arm == "generate"} == {None}
+    assert first.summary("generate").same_output is None
+    assert [row.output_sha256 for row in first.rows] == [row.output_sha256 for row in again.rows]
+    greedy = options(mode="live", arms=("plain",), max_new_tokens=12, rounds=1)
+    assert {row.output_sha256 for row in run_bench(target, work, greedy).rows} != {row.output_sha256 for row in ours}
+    other = options(mode="live", arms=("plain",), max_new_tokens=12, seed=99, **law)
+    assert [r.output_sha256 for r in run_bench(target, work, other).rows] != [r.output_sha256 for r in ours[::2]]
 
-            result_of_step = SimpleNamespace(accepted_ids=np.array(emitted[:taken], np.int32), bonus_id=(emitted[-1]))
-            drafter.observe([SimpleNamespace(state=state, tree=tree, result=result_of_step)])
-            state.append(emitted)
-            accepted, at = accepted + taken, at + len(emitted)
-        assert row.num_accepted == accepted
+
+def test_a_sweep_runs_plain_and_drafted_arms_at_every_concurrency(target, traces):
+    chosen = options(arms=("plain", "ngram", "generate"), concurrency=(1, 3), rounds=3)
+    result = run_bench(target, make_workload([traces], encode, chosen), chosen)
+    assert {arm.name for arm in result.arms} == {"plain", "ngram", "generate", "plain x3", "ngram x3"}
+    crowd = [row for row in result.rows if row.load == "x3"]
+    assert len(crowd) == 2 * 4 * 3
+    assert all(row.same_output for row in crowd)
+    for number in range(3):
+        rows = [row for row in crowd if row.arm == "ngram x3" and row.round == number]
+        spans = [(row.start_s, row.start_s + row.seconds) for row in rows]
+        alive = max(sum(a <= when < b for a, b in spans) for when, _ in spans)
+        assert 2 <= alive <= 3  # they overlap, and never more than three do
+    summary = result.summary("ngram x3")
+    assert summary.load == "x3"
+    assert set(summary.speedups) == {"plain"}  # at the same load; `generate` has no such point
+    assert summary.decode_tokens_per_s is None
+    wall = sum(
+        max(r.start_s + r.seconds for r in rows) - min(r.start_s for r in rows)
+        for number in range(3)
+        if (rows := [r for r in crowd if r.arm == "ngram x3" and r.round == number])
+    )
+    assert summary.tokens_per_s == pytest.approx(summary.output_tokens / wall)
+    with pytest.raises(ConfigError, match="not with cold"):
+        options(concurrency=(2,), warmth="cold")
+    with pytest.raises(ConfigError, match="different numbers >= 1"):
+        options(concurrency=(0,))
+
+
+def test_without_traces_the_work_is_made_of_this_machines_standard_library():
+    chosen = options(mode="simulate", arms=("plain", "ngram"), calls=3, rounds=1, max_response=80)
+    work = make_workload([], encode, chosen)
+    assert [item.trace for item in work.items] == ["stdlib-edit/0", "stdlib-edit/1", "stdlib-edit/2"]
+    assert work.info().tokens_sha256 == make_workload([], encode, chosen).info().tokens_sha256
+    result = run_bench(None, work, chosen)
+    assert [(file.source, file.name) for file in result.workload.files] == [("stdlib-edits", "built-in")]
+    assert result.summary("ngram").source == "all"
+    assert result.summary("ngram").acceptance_length > 2  # an edit copies most of its file

@@ -9,11 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
 from specdec.server.pieces import ChoiceText
-from specdec.server.watch import TokenLogprob, TreeNote
+from specdec.server.tools import ToolCall, ToolText
+from specdec.server.watch import StepNotes, TokenLogprob, TreeNote
 from specdec.server.worker import Job, RequestStats, Update
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     steps: list[tuple[int, int]] = field(default_factory=list)
     trees: list[TreeNote] = field(default_factory=list)
+    tools: ToolText | None = None
     num_characters: int = 0  # of the tokens whose log-probabilities were shown
     finish_reason: str | None = None
     stats: RequestStats | None = None
@@ -58,6 +61,7 @@ class Answer:
         tokenizer: the model's.
         n: choices per prompt; their jobs stand together.
         has_ids: token ids are part of the answer.
+        has_tools: calls of tools are looked for in the text.
     """
 
     def __init__(
@@ -70,16 +74,18 @@ class Answer:
         *,
         n: int,
         has_ids: bool,
+        has_tools: bool = False,
     ) -> None:
         self.kind = kind
         self.created = int(time.time())
         self._id, self._model, self._tokenizer = answer_id, model, tokenizer
-        self._n, self._has_ids = n, has_ids
+        self._n, self._has_ids, self._has_tools = n, has_ids, has_tools
         self.choices = [
             Choice(
                 index,
                 job,
                 ChoiceText(tokenizer, job.request.sampling.stop_strings, job.request.sampling.stop_token_ids),
+                tools=ToolText() if has_tools else None,
             )
             for index, job in enumerate(jobs)
         ]
@@ -88,29 +94,34 @@ class Answer:
         """Add an update to its choice; the choice of a stream's chunk, or None while there is nothing to show."""
         choice = self.choices[index]
         is_last = update.finish_reason is not None
-        piece = choice.words.feed(update.new_ids, is_last=is_last)
+        piece, calls = self._read(choice, update, is_last=is_last)
+        notes = update.notes or StepNotes()
+        choice.logprobs += notes.logprobs
+        choice.steps += notes.steps
+        choice.trees += notes.trees
+        if not (piece or calls or is_last or notes.logprobs or notes.trees or (self._has_ids and update.new_ids)):
+            return None
+        shown: dict[str, Any] = {"index": index, "finish_reason": choice.finish_reason}
+        shown |= {"delta": _delta(choice, piece, calls)} if self.kind == "chat" else {"text": piece}
+        shown["logprobs"] = self._logprobs(choice, notes.logprobs)
+        if self._has_ids:
+            shown["token_ids"] = list(update.new_ids)
+        if notes.trees:
+            shown["speculative"] = [self._tree(tree) for tree in notes.trees]
+        return shown
+
+    def _read(self, choice: Choice, update: Update, *, is_last: bool) -> tuple[str, list[ToolCall]]:
+        """Add tokens to a choice; the text to show and the calls that are complete now."""
+        piece, calls = choice.words.feed(update.new_ids, is_last=is_last), list[ToolCall]()
+        if choice.tools is not None:
+            piece, calls = choice.tools.feed(piece, is_last=is_last)
         choice.text += piece
         choice.token_ids += update.new_ids
         choice.stats = update.stats or choice.stats
-        logprobs: list[TokenLogprob] = []
-        trees: list[TreeNote] = []
-        if update.notes is not None:
-            logprobs, trees = update.notes.logprobs, update.notes.trees
-            choice.logprobs += logprobs
-            choice.steps += update.notes.steps
-            choice.trees += trees
         if is_last:
-            choice.finish_reason = "length" if update.finish_reason == "length" else "stop"
-        if not (piece or is_last or logprobs or trees or (self._has_ids and update.new_ids)):
-            return None
-        shown: dict[str, Any] = {"index": index, "finish_reason": choice.finish_reason}
-        shown |= {"delta": {"content": piece}} if self.kind == "chat" else {"text": piece}
-        shown["logprobs"] = self._logprobs(choice, logprobs)
-        if self._has_ids:
-            shown["token_ids"] = list(update.new_ids)
-        if trees:
-            shown["speculative"] = [self._tree(tree) for tree in trees]
-        return shown
+            ended = "tool_calls" if choice.tools is not None and choice.tools.calls else "stop"
+            choice.finish_reason = "length" if update.finish_reason == "length" else ended
+        return piece, calls
 
     def first_chunk(self, index: int) -> dict[str, Any]:
         """The chunk that opens a chat choice."""
@@ -131,10 +142,20 @@ class Answer:
         return body
 
     def usage(self) -> dict[str, Any]:
-        """Token counts; a prompt that several choices share counts once."""
+        """Token counts; a prompt that several choices share counts once.
+
+        Of a prediction, tokens that stand in the answer in the same order count as accepted, all others as rejected.
+        """
         num_prompt = sum(len(choice.job.request.prompt_ids) for choice in self.choices[:: self._n])
         num_new = sum(len(choice.token_ids) for choice in self.choices)
-        return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
+        usage = {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
+        hint_ids = self.choices[0].job.choice.hint_ids
+        if hint_ids is None:
+            return usage
+        repeated = sum(_num_repeated(hint_ids.tolist(), choice.token_ids) for choice in self.choices)
+        rejected = len(hint_ids) * len(self.choices) - repeated
+        details = {"accepted_prediction_tokens": repeated, "rejected_prediction_tokens": rejected}
+        return usage | {"completion_tokens_details": details}
 
     def metrics(self) -> dict[str, Any]:
         """What speculation did, as vLLM reports it; null where several choices would be mixed."""
@@ -168,7 +189,11 @@ class Answer:
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
         body: dict[str, Any] = {"index": choice.index, "finish_reason": choice.finish_reason}
         if self.kind == "chat":
+            calls = choice.tools.calls if choice.tools is not None else []
             body["message"] = {"role": "assistant", "content": choice.text, "refusal": None}
+            if calls:
+                text = choice.text.strip()
+                body["message"] |= {"content": text or None, "tool_calls": [call.as_json() for call in calls]}
         else:
             body["text"] = choice.text
         body["logprobs"] = self._logprobs(choice, choice.logprobs)
@@ -213,3 +238,17 @@ class Answer:
             "accepted": tree.accepted_nodes,
             "bonus": self._piece(tree.bonus_id),
         }
+
+
+def _delta(choice: Choice, piece: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
+    """What a chunk adds to a message; calls come whole."""
+    delta: dict[str, Any] = {"content": piece} if piece or not calls else {}
+    if calls and choice.tools is not None:
+        first = len(choice.tools.calls) - len(calls)
+        delta["tool_calls"] = [{"index": first + row} | call.as_json() for row, call in enumerate(calls)]
+    return delta
+
+
+def _num_repeated(expected: Sequence[int], token_ids: Sequence[int]) -> int:
+    matcher = SequenceMatcher(None, expected, token_ids, autojunk=False)
+    return sum(block.size for block in matcher.get_matching_blocks())

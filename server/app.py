@@ -25,8 +25,9 @@ from specdec.server.exchange import Mailboxes, conversation
 from specdec.server.keys import Keyring
 from specdec.server.limits import BodyLimit
 from specdec.server.metrics import ServerMetrics
-from specdec.server.prompts import Serving, chat_prompt, completion_prompts, jobs_of
+from specdec.server.prompts import Serving, chat_grammar, chat_prompt, completion_prompts, jobs_of
 from specdec.server.speculation import Choices
+from specdec.server.tools import offers_tools
 from specdec.server.wire import ChatRequest, CompletionRequest, GenerationRequest
 from specdec.server.worker import Draining, EngineWorker, Job, Overloaded, Update
 
@@ -163,14 +164,16 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def chat(body: ChatRequest, request: Request) -> Response:
         tenant = _admit(service, request, body)
         prompt = await run_in_threadpool(chat_prompt, service.serving, body)
-        jobs = _jobs(service, "chatcmpl", body, [prompt], tenant, body.limit, body.num_logprobs)
-        return await _answer(service, request, "chat", body, jobs)
+        grammar = await run_in_threadpool(chat_grammar, service.serving, body)
+        hint = body.prediction.text if body.prediction is not None else None
+        jobs = await run_in_threadpool(_jobs, service, "chatcmpl", body, [prompt], tenant, hint=hint, grammar=grammar)
+        return await _answer(service, request, "chat", body, jobs, has_tools=offers_tools(body))
 
     @app.post("/v1/completions", response_model=None)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         tenant = _admit(service, request, body)
         prompts = await run_in_threadpool(completion_prompts, service.serving, body)
-        jobs = _jobs(service, "cmpl", body, prompts, tenant, body.limit, body.num_logprobs)
+        jobs = _jobs(service, "cmpl", body, prompts, tenant)
         return await _answer(service, request, "text", body, jobs)
 
 
@@ -200,26 +203,36 @@ def _admit(service: Service, request: Request, body: GenerationRequest) -> str:
 def _jobs(
     service: Service,
     prefix: str,
-    body: GenerationRequest,
+    body: ChatRequest | CompletionRequest,
     prompts: Sequence[Sequence[int]],
     tenant: str,
-    limit: int | None,
-    num_logprobs: int | None,
+    *,
+    hint: str | None = None,
+    grammar: str | None = None,
 ) -> list[Job]:
     request_id = f"{prefix}-{secrets.token_hex(12)}"
     return jobs_of(
-        service.serving, service.choices, body, prompts, request_id=request_id, tenant=tenant, limit=limit,
-        num_logprobs=num_logprobs, has_steps=service.options.has_metrics,
+        service.serving, service.choices, body, prompts, request_id=request_id, tenant=tenant, limit=body.limit,
+        num_logprobs=body.num_logprobs, has_steps=service.options.has_metrics, hint=hint, grammar=grammar,
     )  # fmt: skip
 
 
 async def _answer(
-    service: Service, request: Request, kind: Kind, body: GenerationRequest, jobs: Sequence[Job]
+    service: Service,
+    request: Request,
+    kind: Kind,
+    body: GenerationRequest,
+    jobs: Sequence[Job],
+    *,
+    has_tools: bool = False,
 ) -> Response:
     """Run the jobs; the whole answer, or a stream."""
     answer_id = jobs[0].request.request_id.rpartition("-")[0]
     tokenizer = service.serving.tokenizer
-    answer = Answer(kind, answer_id, service.serving.name, jobs, tokenizer, n=body.n, has_ids=body.return_token_ids)
+    answer = Answer(
+        kind, answer_id, service.serving.name, jobs, tokenizer, n=body.n, has_ids=body.return_token_ids,
+        has_tools=has_tools,
+    )  # fmt: skip
     pieces = _pieces(service, answer, jobs)
     if not body.stream:
         await _unless_gone(request, _exhaust(pieces))

@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -26,6 +27,8 @@ from specdec.server.worker import EngineWorker, Update, longest_request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from specdec.server.grammar import GrammarCompiler
 
 __all__ = ["ServerOptions", "build_service", "listen", "serve"]
 
@@ -82,7 +85,14 @@ def build_service(
         **options.engine,
     )  # fmt: skip
     max_length = min(engine.target.max_length, longest_request(engine))
-    serving = Serving(options.name, tokenizer, tuple(eos_ids), max_length)
+
+    @cache
+    def grammars() -> GrammarCompiler:
+        from specdec.server.grammar import GrammarCompiler  # its library is loaded by who wants a grammar
+
+        return GrammarCompiler(tokenizer, eos_ids)
+
+    serving = Serving(options.name, tokenizer, tuple(eos_ids), max_length, grammars=grammars)
 
     def make_worker(deliver: Callable[[Sequence[Update]], None]) -> EngineWorker:
         return EngineWorker(engine, choices, watcher, deliver, max_in_flight=options.max_in_flight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +11,17 @@ import numpy as np
 
 from specdec.errors import RequestError, UnsupportedError
 from specdec.server.speculation import Choices
+from specdec.server.tools import forced_schemas
 from specdec.server.wire import ChatRequest, CompletionRequest, GenerationRequest
 from specdec.server.worker import Job
-from specdec.types import LogitsProcessor, Request, SamplingParams
+from specdec.types import IntArray, Request, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Serving", "chat_prompt", "completion_prompts", "jobs_of"]
+    from specdec.server.grammar import GrammarCompiler
+
+__all__ = ["Serving", "chat_grammar", "chat_prompt", "completion_prompts", "jobs_of"]
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: the choices of a request get well-separated seeds
 
@@ -33,6 +36,8 @@ class Serving:
         eos_ids: tokens that end an output.
         max_length: most tokens of prompt and output together.
         max_prompts: most prompts of one request.
+        aliases: further names that the model answers to.
+        grammars: the compiler of grammars, made when it is first asked for.
     """
 
     name: str
@@ -40,7 +45,8 @@ class Serving:
     eos_ids: tuple[int, ...]
     max_length: int
     max_prompts: int = 64
-    aliases: tuple[str, ...] = field(default=())
+    aliases: tuple[str, ...] = ()
+    grammars: Callable[[], GrammarCompiler] = field(kw_only=True)
 
 
 def chat_prompt(serving: Serving, body: ChatRequest) -> list[int]:
@@ -62,6 +68,25 @@ def chat_prompt(serving: Serving, body: ChatRequest) -> list[int]:
         raise RequestError(f"messages do not fit the model's chat template: {error}") from error
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def chat_grammar(serving: Serving, body: ChatRequest) -> str | None:
+    """The grammar that a chat answer must follow, or None.
+
+    Raises:
+        RequestError: the wanted form is malformed, or two forms are wanted at once.
+        UnsupportedError: the tokenizer cannot be constrained.
+    """
+    schemas = forced_schemas(body)
+    wanted = body.response_format.type if body.response_format is not None else "text"
+    if schemas is not None and wanted != "text":
+        raise RequestError("response_format and a tool_choice that forces a call exclude each other")
+    if schemas is not None:
+        return serving.grammars().tool_calls(schemas)
+    if wanted == "text" or body.response_format is None:
+        return None
+    stated = body.response_format.json_schema
+    return serving.grammars().json_schema(stated["schema"] if stated is not None else None)
 
 
 def completion_prompts(serving: Serving, body: CompletionRequest) -> list[list[int]]:
@@ -92,7 +117,8 @@ def jobs_of(
     limit: int | None,
     num_logprobs: int | None,
     has_steps: bool,
-    processors: tuple[LogitsProcessor, ...] = (),
+    hint: str | None = None,
+    grammar: str | None = None,
 ) -> list[Job]:
     """One job per prompt and choice, in the order of the choices that the client gets.
 
@@ -106,32 +132,39 @@ def jobs_of(
         limit: most new tokens; None: what the context leaves.
         num_logprobs: alternatives per token, None: no log-probabilities.
         has_steps: the answer will tell of its steps.
-        processors: applied to every choice.
+        hint: text that the answer is expected to repeat.
+        grammar: that the answer must follow, see ``Serving.grammars``.
 
     Raises:
         RequestError: a value breaks its rule; the message names it.
     """
     wishes = body.speculative
-    choice = choices.choice(wishes.drafter, wishes.max_tokens if wishes.enabled else 0)
+    hint_ids = _hint_ids(serving, hint)
+    choice = choices.choice(wishes.drafter, wishes.max_tokens if wishes.enabled else 0, hint_ids=hint_ids)
     seed = secrets.randbits(64) if body.seed is None else body.seed % 2**64
     jobs: list[Job] = []
     for prompt in prompts:
-        sampling = _sampling(serving, body, prompt, limit, processors)
+        sampling = _sampling(serving, body, prompt, limit)
         for _ in range(body.n):
-            index = len(jobs)
-            own = replace(sampling, seed=(seed + index * _SEED_STRIDE) % 2**64)
-            request = Request(f"{request_id}-{index}", np.asarray(prompt), own, tenant)
-            jobs.append(Job(request, choice, num_logprobs, has_steps, wishes.trace))
+            index, own = len(jobs), choice
+            law = replace(sampling, seed=(seed + index * _SEED_STRIDE) % 2**64)
+            if grammar is not None:
+                processor = serving.grammars().processor(grammar, len(prompt))
+                law, own = replace(law, logits_processors=(processor,)), replace(choice, trim=processor.trim)
+            request = Request(f"{request_id}-{index}", np.asarray(prompt), law, tenant)
+            jobs.append(Job(request, own, num_logprobs, has_steps, wishes.trace))
     return jobs
 
 
-def _sampling(
-    serving: Serving,
-    body: GenerationRequest,
-    prompt: Sequence[int],
-    limit: int | None,
-    processors: tuple[LogitsProcessor, ...],
-) -> SamplingParams:
+def _hint_ids(serving: Serving, hint: str | None) -> IntArray | None:
+    if not hint:
+        return None
+    tokenizer: Any = serving.tokenizer
+    ids = tokenizer(hint, add_special_tokens=False)["input_ids"][: serving.max_length]
+    return np.asarray(ids, dtype=np.int32) if ids else None
+
+
+def _sampling(serving: Serving, body: GenerationRequest, prompt: Sequence[int], limit: int | None) -> SamplingParams:
     room = serving.max_length - len(prompt)
     if room < 1:
         raise RequestError(
@@ -157,5 +190,4 @@ def _sampling(
         logit_bias=dict(body.logit_bias),
         stop_token_ids=(*(() if body.ignore_eos else serving.eos_ids), *body.stop_token_ids),
         stop_strings=body.stop_strings,
-        logits_processors=processors,
     )

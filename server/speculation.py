@@ -6,27 +6,39 @@ thread.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
 
 from specdec.errors import ConfigError, RequestError
 from specdec.protocols import Controller, Drafter, DrafterNeeds, Load
-from specdec.types import DraftTree, RequestState, StepEvent
+from specdec.types import DraftTree, IntArray, Request, RequestState, StepEvent
 
 __all__ = ["CappedController", "Choice", "Choices", "RoutedDrafter"]
 
+_READS_TEXT = frozenset({"ngram", "suffix", "lookahead"})
+_LEAD = 8  # tokens of the prompt's end that stand before a hint, so that it is matched from the first output token on
+Trim: TypeAlias = Callable[[RequestState, DraftTree], DraftTree]
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Choice:
     """What one request chose.
 
     Args:
         drafter: name of the drafter.
         max_draft_tokens: most draft tokens per step; 0: plain decoding; None: as the server's controller plans.
+        hint_ids: [H] int32: text that the output is expected to repeat; its drafter reads it as if it stood before
+            the prompt.
+        trim: takes from a draft what cannot be accepted.
     """
 
     drafter: str
     max_draft_tokens: int | None = None
+    hint_ids: IntArray | None = None
+    trim: Trim | None = None
 
 
 class Choices:
@@ -46,15 +58,16 @@ class Choices:
         self._default = Choice(self.drafters[0])
         self._chosen: dict[str, Choice] = {}
 
-    def choice(self, drafter: str | None, max_draft_tokens: int | None) -> Choice:
-        """A choice from a request's wishes.
+    def choice(self, drafter: str | None, max_draft_tokens: int | None, *, hint_ids: IntArray | None = None) -> Choice:
+        """A choice from a request's wishes. A hint is dropped where the drafter guesses from other things than text.
 
         Raises:
             RequestError: the server has no such drafter.
         """
         if drafter is not None and drafter not in self.drafters:
             raise RequestError(f"speculative.drafter must be one of {', '.join(self.drafters)}, got {drafter!r}")
-        return Choice(drafter or self.drafters[0], max_draft_tokens)
+        name = drafter or self.drafters[0]
+        return Choice(name, max_draft_tokens, hint_ids if name in _READS_TEXT else None)
 
     def set(self, request_id: str, choice: Choice) -> None:
         """Remember a request's choice, before it is submitted."""
@@ -102,6 +115,7 @@ class RoutedDrafter:
         self._drafters = dict(drafters)
         self._choices = choices
         self._owner: dict[str, str] = {}  # live request -> its drafter, fixed at its start
+        self._hinted: dict[str, _Hinted] = {}
         needs = [drafter.needs for drafter in self._drafters.values()]
         self.needs = DrafterNeeds(
             hidden_layers=tuple(sorted({layer for need in needs for layer in need.hidden_layers})),
@@ -110,18 +124,24 @@ class RoutedDrafter:
 
     def start(self, states: Sequence[RequestState]) -> None:
         for state in states:
-            name = self._choices.of(state.request_id).drafter
-            self._drafters[name].start([state])
-            self._owner[state.request_id] = name
+            choice = self._choices.of(state.request_id)
+            if choice.hint_ids is not None:
+                self._hinted[state.request_id] = _Hinted(state, choice.hint_ids)
+            try:
+                self._drafters[choice.drafter].start([self._seen(state)])
+            except BaseException:
+                self._hinted.pop(state.request_id, None)
+                raise
+            self._owner[state.request_id] = choice.drafter
 
     def propose(self, states: Sequence[RequestState], budgets: Sequence[int]) -> list[DraftTree]:
         trees: dict[str, DraftTree] = {}
         for name, drafter in self._drafters.items():
             mine = [row for row, state in enumerate(states) if self._owner[state.request_id] == name]
             if mine:
-                made = drafter.propose([states[row] for row in mine], [budgets[row] for row in mine])
+                made = drafter.propose([self._seen(states[row]) for row in mine], [budgets[row] for row in mine])
                 trees.update((states[row].request_id, tree) for row, tree in zip(mine, made, strict=True))
-        return [trees[state.request_id] for state in states]
+        return [self._trimmed(state, trees[state.request_id]) for state in states]
 
     def observe(self, events: Sequence[StepEvent]) -> None:
         for name, drafter in self._drafters.items():
@@ -133,7 +153,40 @@ class RoutedDrafter:
     def stop(self, request_ids: Sequence[str]) -> None:
         for name, drafter in self._drafters.items():
             mine = [request_id for request_id in request_ids if self._owner.get(request_id) == name]
+            for request_id in mine:
+                if request_id in self._hinted:
+                    self._hinted[request_id].follow()  # drafters learn from the text's end too
             if mine:
                 drafter.stop(mine)
         for request_id in request_ids:
             self._owner.pop(request_id, None)
+            self._hinted.pop(request_id, None)
+
+    def _seen(self, state: RequestState) -> RequestState:
+        """The request as its drafter sees it: with its hint before it, if it has one."""
+        hinted = self._hinted.get(state.request_id)
+        return state if hinted is None else hinted.follow()
+
+    def _trimmed(self, state: RequestState, tree: DraftTree) -> DraftTree:
+        trim = self._choices.of(state.request_id).trim
+        return tree if trim is None or len(tree) == 1 else trim(state, tree)
+
+
+class _Hinted:
+    """A shadow of a request whose prompt begins with its hint. Only drafters see it."""
+
+    __slots__ = ("_shadow", "_state", "_surplus")
+
+    def __init__(self, state: RequestState, hint_ids: IntArray) -> None:
+        prompt = state.token_ids
+        text = np.concatenate((prompt[-_LEAD:], hint_ids, prompt))
+        self._surplus = len(text) - len(prompt)
+        self._state = state
+        self._shadow = RequestState(Request(state.request_id, text, tenant=state.request.tenant))
+
+    def follow(self) -> RequestState:
+        """The shadow, up to the request's last token."""
+        seen = self._shadow.num_tokens - self._surplus
+        if self._state.num_tokens > seen:
+            self._shadow.append(self._state.token_ids[seen:])
+        return self._shadow

@@ -44,9 +44,11 @@ class QueryLayout:
         request_id: whose tokens.
         start: index of the first in the flat row.
         num_tokens: how many.
-        num_cached: context length; the position of the first query token.
-        positions: [num_tokens] int64: absolute; ``num_cached`` + depth in the chunk.
-        ancestors: [num_tokens, num_tokens] bool: (i, j) is True if j is i or an ancestor of i.
+        num_cached: context length; the position of the first token after it.
+        positions: [E + num_tokens] int64: absolute, of the tokens after the context.
+        ancestors: [num_tokens, E + num_tokens] bool: (i, j) is True if j is query i or an ancestor of it.
+        num_earlier: E: tokens after the context whose K/V earlier forwards of this step wrote, in the reserved slots
+            before the query tokens'. Drafters grow trees like this; a target has none.
     """
 
     request_id: str
@@ -55,6 +57,7 @@ class QueryLayout:
     num_cached: int
     positions: npt.NDArray[np.int64]
     ancestors: npt.NDArray[np.bool_]
+    num_earlier: int = 0
 
 
 class TailMasks:
@@ -84,7 +87,7 @@ class TailMasks:
         Args:
             row: place of the request in the batch.
             num_keys: n: context and query tokens.
-            tail: [T, T] bool, True = hidden: the last keys.
+            tail: [T, E + T] bool, True = hidden: the last keys.
             head: [T, h] bool, True = hidden: the first keys, or None.
             repeats: the rows of ``tail`` and ``head`` are repeated so many times, one block after the other.
             dtype: of the mask.
@@ -106,7 +109,7 @@ class TailMasks:
                 region.zero_()
             mask = buffer[:rows, buffer.shape[1] - num_keys :]
         blocks = mask.unflatten(0, (repeats, num_tokens))
-        regions = [blocks[..., num_keys - num_tokens :].masked_fill_(tail, float("-inf"))]
+        regions = [blocks[..., num_keys - tail.shape[1] :].masked_fill_(tail, float("-inf"))]
         if head is not None:
             regions.append(blocks[..., : head.shape[1]].masked_fill_(head, float("-inf")))
         if rows <= _MAX_KEPT_ROWS:
@@ -206,9 +209,11 @@ class StepAttention:
         """Where the query tokens' own K/V go, in flat order."""
         tables = [group.tables[layout.request_id] for layout in self.layouts]
         if len(tables) == 1 and tables[0].is_run:
-            start = tables[0].base + tables[0].num_cached
-            return slice(start, start + tables[0].num_reserved)
-        return self._index([table.reserved for table in tables])
+            start = tables[0].base + tables[0].num_cached + self.layouts[0].num_earlier
+            return slice(start, start + self.layouts[0].num_tokens)
+        return self._index(
+            [table.reserved[layout.num_earlier :] for table, layout in zip(tables, self.layouts, strict=True)]
+        )
 
     def _keys_of(self, group: KVGroup, per_kv: int, masks: TailMasks) -> list[_Keys]:
         found = []
@@ -219,7 +224,7 @@ class StepAttention:
             where = run if table.is_run else self._index([table.slots[:num_keys]])
             packed = layout.num_tokens <= _MAX_PACKED_TOKENS
             mask = None
-            if layout.num_tokens > 1:  # one query sees all that its table still holds
+            if layout.num_tokens + layout.num_earlier > 1:  # a lone token sees all that its table still holds
                 tail, head = _hidden(group.key, layout, table.first)
                 mask = masks.view(
                     row,
@@ -251,7 +256,7 @@ def _put(storage: torch.Tensor, where: slice | torch.Tensor, rows: torch.Tensor)
 def _hidden(
     key: GroupKey, layout: QueryLayout, first: int
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_] | None]:
-    """Which keys each query must not see: among the query tokens [T, T], and of the first context keys [T, h].
+    """Which keys each query must not see: among the tokens after the context [T, E + T], and of its first keys [T, h].
 
     Every later context key is seen. ``first`` is the position of the first key that the table still holds.
     """
@@ -259,12 +264,12 @@ def _hidden(
     kind, size = key
     if kind == "full":
         return tail, None
-    positions = layout.positions
+    positions = layout.positions[layout.num_earlier :]
     # As first_visible, for every query.
     lows = positions - (size - 1) if kind == "sliding" else positions // size * size  # [T]
     if lows.max() <= first:
         return tail, None
-    tail |= positions < lows[:, None]
+    tail |= layout.positions < lows[:, None]
     num_hidden = np.clip(lows, first, layout.num_cached) - first  # [T]
     return tail, np.arange(num_hidden.max()) < num_hidden[:, None]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from specdec.chain_target import ChainTarget
 from specdec.config import EngineConfig
 from specdec.controller import BackoffController, FixedController
+from specdec.drafters.checkpoint import CheckpointDrafter, Loader, parse_name
+from specdec.drafters.lm_loading import load_lm
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
@@ -21,7 +24,7 @@ from specdec.engine import Engine
 from specdec.errors import ConfigError, UnsupportedError
 from specdec.packed_linear import pack_linears, packing_obstacle, unpack_linears
 from specdec.plain_target import PlainTarget
-from specdec.protocols import Controller, Drafter, Observer, TargetModel, Verifier
+from specdec.protocols import Controller, Drafter, Draws, Observer, TargetModel, Verifier
 from specdec.rope import freeze_rope
 from specdec.routes import Route, choose_route
 from specdec.sampling import Sampler
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 __all__ = [
+    "CHECKPOINT_DRAFTERS",
     "DRAFTERS",
     "VERIFIERS",
     "build_drafter",
@@ -44,6 +48,7 @@ __all__ = [
     "build_target",
     "may_pack",
     "model_max_length",
+    "name_drafter",
 ]
 
 # Name on the command line and in ``speculate`` -> class; options are the class's keyword arguments.
@@ -55,6 +60,8 @@ DRAFTERS: Mapping[str, Callable[..., Drafter]] = {
     "recycling": RecyclingDrafter,
 }
 
+# Kind -> loader of ``KIND:PATH``; options after ``?`` are the loader's keyword arguments.
+CHECKPOINT_DRAFTERS: Mapping[str, Loader] = {"lm": load_lm}
 VERIFIERS = ("match", *RULES, "typical")
 
 _DEFAULT_MAX_LENGTH = 32_768  # for models that state no limit, such as recurrent ones
@@ -62,8 +69,24 @@ _MAX_CHAIN = 64  # a chain of retrieved tokens is seldom right for longer
 _MEMORY_SHARE = 0.25  # of what is free, for the KV pool: weights and activations of others need the rest
 
 
+def name_drafter(drafter: str | Drafter | CheckpointDrafter, **options: Any) -> Drafter | CheckpointDrafter:
+    """A drafter from its name; one of ``KIND:PATH`` is checked now and loaded when ``build_engine`` has the target.
+
+    Raises:
+        ConfigError: an unknown name, an unknown option, or options for a ready object.
+        LoadError: there is no checkpoint at the path.
+    """
+    if not isinstance(drafter, str) or ":" not in drafter:
+        return drafter if isinstance(drafter, CheckpointDrafter) else build_drafter(drafter, **options)
+    kind, path, written = parse_name(drafter)
+    if kind not in CHECKPOINT_DRAFTERS:
+        kinds = ", ".join(f"{kind}:PATH" for kind in sorted(CHECKPOINT_DRAFTERS))
+        raise ConfigError(f"a drafter with a path must be one of {kinds}, got {drafter!r}")
+    return CheckpointDrafter(drafter, Path(path).expanduser(), {**written, **options}, CHECKPOINT_DRAFTERS[kind])
+
+
 def build_drafter(drafter: str | Drafter, **options: Any) -> Drafter:
-    """A drafter from its name, or the given object itself.
+    """A drafter that needs no target from its name, or the given object itself.
 
     Raises:
         ConfigError: an unknown name, an unknown option, or options for a ready object.
@@ -73,11 +96,19 @@ def build_drafter(drafter: str | Drafter, **options: Any) -> Drafter:
             raise ConfigError(f"options {sorted(options)} need a drafter's name, got a {type(drafter).__name__}")
         return drafter
     if drafter not in DRAFTERS:
-        raise ConfigError(f"drafter must be one of {', '.join(sorted(DRAFTERS))}, got {drafter!r}")
+        known = [*sorted(DRAFTERS), *(f"{kind}:PATH" for kind in sorted(CHECKPOINT_DRAFTERS))]
+        raise ConfigError(f"drafter must be one of {', '.join(known)}, got {drafter!r}")
     try:
         return DRAFTERS[drafter](**options)
     except TypeError as error:
         raise ConfigError(f"drafter {drafter!r}: {error}") from None
+
+
+def _draws_for(verifier: str) -> Draws | None:
+    """How a drafter that can draw honestly has to draw for a verifier; None: it need not draw."""
+    if verifier not in RULES:
+        return None
+    return max(RULES[verifier].draws, key=lambda draws: draws != "chain")
 
 
 def _build_verifier(name: str, sampler: Sampler) -> Verifier:
@@ -160,7 +191,7 @@ def _default_kv_tokens(bytes_per_token: int, device: torch.device, config: Engin
 
 def build_engine(
     model: PreTrainedModel,
-    drafter: str | Drafter = "ngram",
+    drafter: str | Drafter | CheckpointDrafter = "ngram",
     *,
     budget: int | None = None,
     verifier: str = "match",
@@ -175,12 +206,12 @@ def build_engine(
 
     Args:
         model: the target, in evaluation mode.
-        drafter: a name (see ``DRAFTERS``) or an object.
+        drafter: a name (see ``DRAFTERS`` and ``CHECKPOINT_DRAFTERS``) or an object.
         budget: most draft tokens per request and step; 0: plain decoding. None: follows what is accepted.
         verifier: ``match``, a rejection rule (``chain``, ``block``, ``specinfer``, ``rrsw``, ``traversal``), or the
             lossy ``typical``.
         controller: decides budgets in place of ``budget``.
-        tokenizer: for stop strings.
+        tokenizer: for stop strings, and for draft models that have another one.
         drafter_options: keyword arguments of the named drafter.
         observers: see every step.
         route: what ``choose_route`` found before for this model and length; None: it is asked now.
@@ -199,7 +230,9 @@ def build_engine(
     if controller is not None and budget is not None:
         raise ConfigError("give a budget or a controller, not both")
     controller = controller or (BackoffController() if budget is None else FixedController(budget))
-    guesser = build_drafter(drafter, **(drafter_options or {}))
+    guesser = name_drafter(drafter, **(drafter_options or {}))
+    if isinstance(guesser, CheckpointDrafter):
+        guesser = guesser.load(model, tokenizer, _draws_for(verifier))
     frozen = freeze_rope(model, config.max_length or model_max_length(model))
     holder = object()
 

@@ -26,8 +26,9 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from specdec.build import build_drafter, build_engine, may_pack, model_max_length
+from specdec.build import build_engine, may_pack, model_max_length, name_drafter
 from specdec.config import EngineConfig
+from specdec.drafters.checkpoint import CheckpointDrafter
 from specdec.engine import Engine
 from specdec.errors import ConfigError, RequestError, UnsupportedError
 from specdec.packed_linear import pack_linears
@@ -93,7 +94,7 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):  # type: ignore[misc]
 
 
 def speculate(
-    drafter: str | Drafter = "ngram",
+    drafter: str | Drafter | CheckpointDrafter = "ngram",
     *,
     budget: int | None = None,
     controller: Controller | None = None,
@@ -133,7 +134,7 @@ def speculate(
     if seed is not None and not 0 <= seed < 2**64:
         raise ConfigError(f"seed must be in [0, 2**64), got {seed}")
     return Speculation(
-        build_drafter(drafter, **(drafter_options or {})),
+        name_drafter(drafter, **(drafter_options or {})),
         budget=budget,
         controller=controller,
         tokenizer=tokenizer,
@@ -149,7 +150,7 @@ class Speculation:
 
     def __init__(
         self,
-        drafter: Drafter,
+        drafter: Drafter | CheckpointDrafter,
         *,
         budget: int | None,
         controller: Controller | None,

@@ -123,23 +123,45 @@ class TreeTarget:
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> TargetOutput:
         batch = _flatten(chunks)
+        logits = self.run(batch.layouts, batch.input_ids, batch.positions, batch.tree_rows)
+        return TargetOutput(logits=logits, cu_nodes=batch.cu_nodes)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        layouts: Sequence[QueryLayout],
+        input_ids: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        logit_rows: npt.NDArray[np.int64],
+    ) -> torch.Tensor:
+        """One forward over a flat row of query tokens, whose slots have been reserved.
+
+        Args:
+            layouts: the requests in flat order.
+            input_ids: [T].
+            positions: [T] absolute.
+            logit_rows: [L] indices in the flat row.
+
+        Returns:
+            [L, V] logits. The K/V of all query tokens are written.
+        """
         step = StepAttention(
-            self.pool, batch.layouts, self._num_query_groups, dtype=self.dtype, device=self.device, masks=self._masks
+            self.pool, layouts, self._num_query_groups, dtype=self.dtype, device=self.device, masks=self._masks
         )
-        rows = torch.from_numpy(batch.tree_rows).to(self.device)
+        rows = torch.from_numpy(logit_rows).to(self.device)
         options: dict[str, Any] = {"logits_to_keep": rows} if self._keeps_logits else {}
         with active(step), self._our_attention():
             out = self.model(
-                input_ids=torch.from_numpy(batch.input_ids)[None].to(self.device),
-                position_ids=torch.from_numpy(batch.positions)[None].to(self.device),
+                input_ids=torch.from_numpy(input_ids)[None].to(self.device),
+                position_ids=torch.from_numpy(positions)[None].to(self.device),
                 attention_mask=self._dummy_mask,
                 use_cache=False,
                 **options,
             )
         if step.num_calls != len(self.calls):
             raise InternalError(f"the forward made {step.num_calls} attention calls, the probe saw {len(self.calls)}")
-        logits = out.logits[0] if self._keeps_logits else out.logits[0, rows]
-        return TargetOutput(logits=logits, cu_nodes=batch.cu_nodes)
+        logits: torch.Tensor = out.logits[0] if self._keeps_logits else out.logits[0, rows]
+        return logits
 
     @torch.inference_mode()
     def commit(self, chunks: Sequence[Chunk], keep: Sequence[Sequence[int]]) -> None:

@@ -104,7 +104,7 @@ def generate(
     """
     from dataclasses import replace
 
-    from specdec.build import build_drafter, build_engine
+    from specdec.build import build_engine, name_drafter
     from specdec.types import Request, SamplingParams
 
     # Whatever can be wrong without the model is said before the minutes that loading may take.
@@ -113,7 +113,7 @@ def generate(
         temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens,
         stop_strings=tuple(stop or ()),
     )  # fmt: skip
-    guesser = build_drafter(drafter)
+    guesser = name_drafter(drafter)
     loaded = load_model(model, dtype=dtype, device=device)
     assert loaded.tokenizer is not None  # load_model requires one
     engine = build_engine(

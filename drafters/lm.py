@@ -1,0 +1,235 @@
+"""A smaller language model guesses: chains and trees, all requests of a batch together, level by level.
+
+Under the match rule the draft is not drawn at random: where the target will add noise keyed by (seed, position) to its
+scores, the drafter adds the same noise to its own, so both choose the same token wherever their laws agree well enough
+(Gumbel coupling; Daliri et al. 2024, arXiv 2408.07978). Children are then the best of the noisy scores, and a node's
+value is their softmax. At temperature 0 the noise is absent.
+
+Under a rejection rule (``draws``) it draws honestly, in a shape fixed before the first draw, and states its laws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.drafters.draft_model import DraftModel, Growth
+from specdec.drafters.draws import draw_children
+from specdec.drafters.tree_search import Frontier, SearchLimits, TreeSearch
+from specdec.errors import ConfigError, InternalError
+from specdec.protocols import DrafterNeeds, Draws
+from specdec.rng import TARGET, gumbel
+from specdec.types import DraftTree, RequestState, StepEvent
+
+__all__ = ["LmDrafter", "best_children"]
+
+
+def best_children(
+    logits: Tensor, states: Sequence[RequestState], depths: Sequence[int], count: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The likeliest tokens of the target after some draft nodes, as far as a draft model can tell.
+
+    Args:
+        logits: [M, V] of the draft model, one row per node.
+        states: M: whose node each is.
+        depths: M: of the children, 1 = the children of the root.
+        count: K.
+
+    Returns:
+        Token ids [M, K] int64, best first, and the log of their chances [M, K] float64.
+    """
+    scores = logits.to(torch.float32)
+    sampled = [row for row, state in enumerate(states) if not state.request.sampling.is_greedy]
+    if sampled:
+        seeds = np.array([states[row].request.sampling.seed for row in sampled], dtype=np.uint64)
+        places = np.array([states[row].num_tokens + depths[row] - 1 for row in sampled], dtype=np.uint64)
+        keys, which = np.unique(np.stack([seeds, places]), axis=1, return_inverse=True)  # nodes of a level share noise
+        noise = gumbel(keys[0], keys[1], scores.shape[1], device=scores.device, stream=TARGET)
+        heat = torch.tensor([states[row].request.sampling.temperature for row in sampled], device=scores.device)
+        scores = scores.clone()
+        scores[sampled] = scores[sampled] / heat[:, None] + noise[torch.from_numpy(which.ravel()).to(scores.device)]
+    best = scores.topk(min(count, scores.shape[1]), dim=-1)
+    log_probs = best.values - scores.logsumexp(dim=-1, keepdim=True)
+    return best.indices.cpu().numpy(), log_probs.double().cpu().numpy()
+
+
+class LmDrafter:
+    """Drafts with a causal LM that shares the target's tokenizer (`specdec.protocols.Drafter`).
+
+    Args:
+        model: holds the draft model's cache.
+        vocab_size: of the target; draft tokens stay below it.
+        top_k: children per node, >= 1; 1 with ``width`` 1 is a chain.
+        width: nodes expanded per level, >= 1.
+        depth: longest path, >= 1; the budget limits the number of nodes.
+        min_gain: stop growing once a level adds no more than this to the expected acceptance length; about the cost of
+            a draft level in target steps (OPT-Tree). 0: grow to the full depth.
+        draws: draw honestly for a rejection rule; None: for match, with the target's own noise.
+        fan_out: with ``draws``: children per node by level; the last one holds for all deeper levels.
+
+    Raises:
+        ConfigError: an option is outside its rule.
+    """
+
+    def __init__(
+        self,
+        model: DraftModel,
+        *,
+        vocab_size: int,
+        top_k: int = 2,
+        width: int = 2,
+        depth: int = 8,
+        min_gain: float = 0.1,
+        draws: Draws | None = None,
+        fan_out: tuple[int, ...] = (2, 1),
+    ) -> None:
+        for name, value in (("top_k", top_k), ("width", width), ("depth", depth), *(("fan_out", n) for n in fan_out)):
+            if value < 1:
+                raise ConfigError(f"{name} must be >= 1, got {value}")
+        if not min_gain >= 0:
+            raise ConfigError(f"min_gain must be >= 0, got {min_gain}")
+        self.needs = DrafterNeeds(draws=draws)
+        self.model = model
+        self._vocab_size = min(vocab_size, model.vocab_size)
+        self._target_vocab_size = vocab_size
+        self._limits = SearchLimits(top_k, width, depth, min_gain or None)
+        self._draws = draws
+        self._fan_out = (1,) if draws == "chain" else fan_out or (1,)
+
+    def start(self, states: Sequence[RequestState]) -> None:
+        """Nothing: a prompt is read with the request's first draft."""
+
+    def propose(self, states: Sequence[RequestState], budgets: Sequence[int]) -> list[DraftTree]:
+        trees = [DraftTree.root_only(int(state.token_ids[-1])) for state in states]
+        wanted = [row for row, budget in enumerate(budgets) if budget > 0]
+        if not wanted:
+            return trees
+        ids = [states[row].request_id for row in wanted]
+        served, logits = self.model.read(ids, [states[row].token_ids for row in wanted])
+        rows = [wanted[index] for index in served]
+        grow = self._searched if self._draws is None else self._drawn
+        grown = grow([states[row] for row in rows], [budgets[row] for row in rows], logits[:, : self._vocab_size])
+        self.model.drop([states[row].request_id for row in rows])
+        for row, tree in zip(rows, grown, strict=True):
+            trees[row] = tree
+        return trees
+
+    def observe(self, events: Sequence[StepEvent]) -> None:
+        """Nothing to learn."""
+
+    def stop(self, request_ids: Sequence[str]) -> None:
+        self.model.release(request_ids)
+
+    def _searched(self, states: Sequence[RequestState], budgets: Sequence[int], logits: Tensor) -> list[DraftTree]:
+        """Trees of the best nodes by value, for the match rule."""
+        searches = [
+            TreeSearch(int(state.token_ids[-1]), budget, self._room(state))
+            for state, budget in zip(states, budgets, strict=True)
+        ]
+        growing = list(range(len(states)))
+        num_grown = [0] * len(states)  # nodes in the draft model's cache
+        sizes = [1] * len(states)  # rows of ``logits`` by request
+        depth = 1
+        while growing:
+            owners = [states[one] for one in growing for _ in range(sizes[one])]
+            ids, log_probs = best_children(logits, owners, [depth] * len(owners), self._limits.top_k)
+            frontiers: dict[int, Frontier] = {}
+            start = 0
+            for one in growing:
+                rows = slice(start, start + sizes[one])
+                start += sizes[one]
+                frontier = searches[one].add(ids[rows], log_probs[rows])
+                if frontier is not None:
+                    frontiers[one] = frontier
+            growths = []
+            for one, frontier in frontiers.items():
+                before = num_grown[one] - sizes[one]  # where the frontier's parents begin
+                parents = frontier.parents + before if depth > 1 else frontier.parents
+                growths.append(Growth(states[one].request_id, frontier.token_ids, parents))
+                sizes[one] = len(frontier.token_ids)
+                num_grown[one] += sizes[one]
+            growing = list(frontiers)
+            new = self.model.grow(growths) if growths else None
+            if new is None:
+                break
+            logits = new[:, : self._vocab_size]
+            depth += 1
+        return [search.tree() for search in searches]
+
+    def _room(self, state: RequestState) -> SearchLimits:
+        """The limits, with a depth that the draft model's context still holds."""
+        depth = max(1, min(self._limits.depth, self.model.max_length - state.num_tokens))
+        return SearchLimits(self._limits.top_k, self._limits.width, depth, self._limits.min_gain)
+
+    def _drawn(self, states: Sequence[RequestState], budgets: Sequence[int], logits: Tensor) -> list[DraftTree]:
+        """Trees of a fixed shape, drawn from stated laws, for the rejection rules."""
+        drawn = [
+            _DrawnTree(state, self._room(state).depth, budget, self._target_vocab_size)
+            for state, budget in zip(states, budgets, strict=True)
+        ]
+        growing = list(range(len(states)))
+        sizes = [1] * len(states)
+        for level in range(self._limits.depth):
+            fan_out = self._fan_out[min(level, len(self._fan_out) - 1)]
+            growths, start = [], 0
+            for one in list(growing):
+                rows = logits[start : start + sizes[one]]
+                start += sizes[one]
+                growth = drawn[one].draw(rows, fan_out, self._draws or "chain")
+                if growth is None:
+                    growing.remove(one)
+                else:
+                    growths.append(growth)
+                    sizes[one] = len(growth.token_ids)
+            new = self.model.grow(growths) if growths else None
+            if new is None:
+                break
+            logits = new[:, : self._vocab_size]
+        return [one.tree() for one in drawn]
+
+
+class _DrawnTree:
+    """One request's tree while its nodes are drawn level by level."""
+
+    def __init__(self, state: RequestState, depth: int, budget: int, vocab_size: int) -> None:
+        self._state, self._depth, self._budget, self._vocab_size = state, depth, budget, vocab_size
+        self._token_ids, self._parents = [int(state.token_ids[-1])], [-1]
+        self._laws: dict[int, Tensor] = {}
+        self._level = [0]
+
+    def draw(self, logits: Tensor, fan_out: int, draws: Draws) -> Growth | None:
+        """Draw the children of the newest level from its logits [W, V]; what to score next, None: nothing."""
+        sampling = self._state.request.sampling
+        if len(logits) != len(self._level):
+            raise InternalError(f"{len(self._level)} nodes were grown, {len(logits)} were scored")
+        if sampling.is_greedy:
+            laws = torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[1]).double()
+        else:
+            laws = (logits.double() / sampling.temperature).softmax(dim=-1)
+        level: list[int] = []
+        for node, law in zip(self._level, laws, strict=True):
+            self._laws[node] = law
+            count = min(fan_out, self._budget + 1 - len(self._parents))
+            key = {"seed": sampling.seed, "position": self._state.num_tokens, "node": node}
+            for token_id in draw_children(law, count, draws=draws, **key):
+                level.append(len(self._parents))
+                self._token_ids.append(token_id)
+                self._parents.append(node)
+        self._level, self._depth = level, self._depth - 1
+        if not level or self._depth < 1 or len(self._parents) > self._budget:
+            return None
+        ids = np.array([self._token_ids[node] for node in level], dtype=np.int32)
+        # The scorer counts nodes without the root.
+        return Growth(self._state.request_id, ids, np.array([self._parents[n] - 1 for n in level], dtype=np.int32))
+
+    def tree(self) -> DraftTree:
+        """The tree with a row of draft law per node; nodes that were not expanded have a row of zeros."""
+        rows = torch.zeros(len(self._parents), self._vocab_size, dtype=torch.float64)
+        for node, law in self._laws.items():
+            rows[node, : len(law)] = law.cpu()
+        nodes = np.array(self._token_ids, dtype=np.int32), np.array(self._parents, dtype=np.int32)
+        return DraftTree(*nodes, draft_probs=rows)

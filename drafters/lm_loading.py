@@ -1,0 +1,106 @@
+"""Loads a draft model for ``lm:PATH`` and finds out whether it speaks the target's tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specdec.drafters.draft_model import DraftModel
+from specdec.drafters.lm import LmDrafter
+from specdec.drafters.lm_text import TextLmDrafter
+from specdec.errors import ConfigError, LoadError, UnsupportedError
+from specdec.protocols import Drafter, Draws
+from specdec.rope import freeze_rope
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["load_lm", "load_model", "same_tokens"]
+
+_MAX_LENGTH = 32_768  # for models that state no limit
+
+
+def load_model(path: Path, target: PreTrainedModel) -> PreTrainedModel:
+    """A causal LM from a directory, on the target's device and in its dtype.
+
+    Raises:
+        LoadError: it cannot be read.
+    """
+    import safetensors
+    import transformers
+
+    try:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=target.dtype)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, safetensors.SafetensorError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise LoadError(f"cannot load the draft model {str(path)!r}: {reason}") from error
+    loaded: PreTrainedModel = model.eval().to(target.device)
+    return loaded
+
+
+def same_tokens(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """True if every id that both know means the same token in both."""
+    left, right = a.get_vocab(), b.get_vocab()
+    size = min(max(left.values(), default=0), max(right.values(), default=0)) + 1
+    return {t: i for t, i in left.items() if i < size} == {t: i for t, i in right.items() if i < size}
+
+
+def load_lm(
+    path: Path,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    draws: Draws | None,
+    *,
+    kv_tokens: int = 16_384,
+    max_requests: int = 64,
+    **options: Any,
+) -> Drafter:
+    """The drafter of ``lm:PATH``.
+
+    Args:
+        path: a directory with a causal LM.
+        target: the model it drafts for.
+        tokenizer: the target's; needed where the draft model's is another one.
+        draws: for a rejection rule.
+        kv_tokens: tokens that the draft model's cache holds over all requests.
+        max_requests: most requests that it drafts for at a time.
+        **options: of ``LmDrafter``, or of ``TextLmDrafter`` where the tokenizers differ.
+
+    Raises:
+        ConfigError: an option is outside its rule.
+        LoadError: the model cannot be read.
+        UnsupportedError: it cannot score trees, or speaks other tokens that nothing translates.
+    """
+    for name, value in (("kv_tokens", kv_tokens), ("max_requests", max_requests)):
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name} must be an integer >= 1, got {value!r}")
+    small = load_model(path, target)
+    length = getattr(small.config.get_text_config(), "max_position_embeddings", None) or _MAX_LENGTH
+    freeze_rope(small, length)
+    scorer = DraftModel(small, kv_tokens=kv_tokens, max_length=length, max_requests=max_requests)
+    vocab_size = int(target.config.get_text_config().vocab_size)
+    own = _tokenizer_of(path)
+    if own is not None and tokenizer is not None and not same_tokens(own, tokenizer):
+        if draws is not None:
+            raise UnsupportedError(
+                f"the draft model {str(path)!r} has another tokenizer than the target, so it states no laws over the "
+                "target's tokens and needs the match rule"
+            )
+        return TextLmDrafter(scorer, own=own, target=tokenizer, vocab_size=vocab_size, **options)
+    if (own is None or tokenizer is None) and scorer.vocab_size != vocab_size:
+        raise UnsupportedError(
+            f"the draft model {str(path)!r} has {scorer.vocab_size} tokens and the target {vocab_size}; whether they "
+            "mean the same can be told only with both tokenizers"
+        )
+    return LmDrafter(scorer, vocab_size=vocab_size, draws=draws, **options)
+
+
+def _tokenizer_of(path: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model, or None."""
+    import transformers
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, AttributeError):
+        return None  # transformers has no one way of saying that the files of a tokenizer are missing
+    return tokenizer

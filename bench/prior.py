@@ -1,7 +1,8 @@
 """Training of the starting tables that ``specdec.suffix_tree`` ships.
 
 Only episodes of half 0 are used (``traces.episode_half``); results on half 1 are held out. Run as
-``python -m specdec.bench.prior --out suffix_tree/prior.npz --tokenizer tokenizer.json TRACES...``.
+``python -m specdec.bench.prior --out suffix_tree/prior.npz --tokenizer A.json --tokenizer B.json TRACES...``; with more
+than one tokenizer the tables see coarse and fine cuts of the same text.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from specdec.bench.traces import TokenCall, episode_half, read_calls, tokenize_calls
+from specdec.bench.traces import Encode, TokenCall, episode_half, read_calls, tokenize_calls
 from specdec.suffix_tree.cache import SuffixCache
 from specdec.suffix_tree.prior import Prior, untrained_prior
 
@@ -56,19 +57,23 @@ def train_prior(sources: Sequence[Sequence[TokenCall]], *, threshold: float = 0.
 def _main() -> None:
     parser = argparse.ArgumentParser(description="Train the starting tables of the suffix index.")
     parser.add_argument("traces", nargs="+", type=Path)
-    parser.add_argument("--tokenizer", required=True, type=Path, help="tokenizer.json")
+    parser.add_argument("--tokenizer", required=True, type=Path, action="append", help="tokenizer.json; repeatable")
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--max-response-tokens", type=int, default=50_000, help="per file")
     options = parser.parse_args()
-    tokenizer = Tokenizer.from_file(str(options.tokenizer))
+    encoders = [_encoder(path) for path in options.tokenizer]
     sources = []
     for path in sorted(options.traces):
-        calls = tokenize_calls(
-            read_calls(path), lambda text: tokenizer.encode(text, add_special_tokens=False).ids, max_prompt=24_000
-        )
-        taken = take_tokens(calls, options.max_response_tokens)
-        sources.append([call for call in taken if episode_half(call.trace) == 0])
+        for encode in encoders:
+            calls = tokenize_calls(read_calls(path), encode, max_prompt=24_000)
+            taken = take_tokens(calls, options.max_response_tokens)
+            sources.append([call for call in taken if episode_half(call.trace) == 0])
     train_prior(sources).save(options.out)
+
+
+def _encoder(path: Path) -> Encode:
+    tokenizer = Tokenizer.from_file(str(path))
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
 if __name__ == "__main__":

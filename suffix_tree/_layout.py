@@ -88,25 +88,27 @@ MAX_MEMBERS: Final = 4096  # candidates summed over the branches of a tree searc
     ROW_SLOTS,
 ) = range(21)
 
-# --- draft record: per node token, parent, the calibration inputs, the mixer ------------------------------------------
-NUM_INPUTS: Final = 6
+# --- draft record: per node token, parent, the calibration inputs, the mixers' weight sets ----------------------------
+NUM_INPUTS: Final = 8
+NUM_MIXERS: Final = 2  # weights of an input: the sum of one set chosen by depth and one chosen by match length
+NODE_CELLS: Final = NUM_INPUTS + NUM_MIXERS
 D_TOKEN: Final = 0
 D_PARENT: Final = 1
 D_INPUT: Final = 2
-D_MIXER: Final = D_INPUT + NUM_INPUTS
-RECORD_WIDTH: Final = D_MIXER + 1
+RECORD_WIDTH: Final = D_INPUT + NODE_CELLS
 D_VALUES: Final = MAX_DRAFT * RECORD_WIDTH  # float32 [MAX_DRAFT] behind the nodes: probability of each node's path
 RECORD_SIZE: Final = D_VALUES + MAX_DRAFT
 
 # --- scratch: regions of one int32 array ----------------------------------------------------------------------------
 GROUPS: Final = NUM_SOURCES * MAX_CANDIDATES  # most candidates, and so most different next tokens
-S_CANDIDATES: Final = 0  # position, match length, source, rank of each candidate
-S_NEXT: Final = S_CANDIDATES + 4 * GROUPS  # next token of each member
+CANDIDATE_ROWS: Final = 6
+S_CANDIDATES: Final = 0  # rows of GROUPS: position, match length, source, rank, match beyond a mismatch, distance
+S_NEXT: Final = S_CANDIDATES + CANDIDATE_ROWS * GROUPS  # next token of each member
 S_GROUP: Final = S_NEXT + GROUPS  # GROUP_WIDTH values per different next token
 GROUP_WIDTH: Final = 6
-S_INPUTS: Final = S_GROUP + GROUP_WIDTH * GROUPS  # calibration inputs and mixer of a node under consideration
-S_MEMBER: Final = S_INPUTS + 2 * (NUM_INPUTS + 1)  # position and candidate of each member of each branch
+S_INPUTS: Final = S_GROUP + GROUP_WIDTH * GROUPS  # calibration cells of two nodes under consideration
+S_MEMBER: Final = S_INPUTS + 2 * NODE_CELLS  # position and candidate of each member of each branch
 S_BRANCH: Final = S_MEMBER + 2 * MAX_MEMBERS
-BRANCH_WIDTH: Final = 5 + NUM_INPUTS + 1  # parent, token, first member, members, depth, inputs
+BRANCH_WIDTH: Final = 5 + NODE_CELLS  # parent, token, first member, members, depth, inputs
 S_FLOAT: Final = S_BRANCH + BRANCH_WIDTH * MAX_BRANCHES  # float32: weight of each group, probability of each branch
 SCRATCH_SIZE: Final = S_FLOAT + GROUPS + MAX_BRANCHES

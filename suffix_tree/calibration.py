@@ -1,9 +1,11 @@
 """How likely a drafted token is: learned online from what was really accepted.
 
-Each drafted node is described by a few small contexts (how long the match is, how the candidates agree, how deep the
-node lies, what became of the last draft, which token it is). Each context owns an adaptive probability; a logistic
-mixer joins them, its weights learned online as well (context mixing as in PAQ-type compressors, Mahoney 2005). What
-comes out is a probability of acceptance, so drafting can stop where a token costs more than it is worth.
+Each drafted node is described by a few small contexts (how long the match is and whether it goes on behind its first
+mismatch, how far back it lies, how the candidates agree, how deep the node lies, what became of the last draft, which
+tokens it and the two before it are). Each context owns an adaptive probability; a logistic mixer joins them, its
+weights learned online as well (context mixing as in PAQ-type compressors, Mahoney 2005): an input's weight is the sum
+of two, one from a set chosen by the node's depth, one from a set chosen by the match. What comes out is a probability
+of acceptance, so drafting can stop where a token costs more than it is worth.
 
 The tables belong to one tenant's index. They start from trained values (``prior.npz``), never from nothing.
 """
@@ -34,8 +36,9 @@ from specdec.suffix_tree._layout import (
     X_WEIGHTS,
 )
 from specdec.suffix_tree.memory import Int32Array, Int64Array, float32_at, int32_at, kernel
+from specdec.suffix_tree.surroundings import BEYONDS, DISTANCES
 
-__all__ = ["NUM_TABLE_CELLS", "NUM_WEIGHTS", "T_TOKEN", "describe", "learn", "predict"]
+__all__ = ["NUM_TABLE_CELLS", "NUM_WEIGHTS", "SETS_BY_DEPTH", "SET_WIDTH", "T_TOKEN", "describe", "learn", "predict"]
 
 FloatArray = npt.NDArray[np.float32]
 f4 = np.float32
@@ -56,11 +59,15 @@ T_SHARE = 0
 T_START = T_SHARE + NUM_SOURCES * LENGTHS * SHARES
 T_RANK = T_START + LENGTHS * DEPTHS * 4
 T_HISTORY = T_RANK + 5 * LENGTHS * 2
-T_TOKEN = T_HISTORY + HISTORIES * DEPTHS * LENGTHS
+T_BEYOND = T_HISTORY + HISTORIES * DEPTHS * LENGTHS
+T_TOKEN = T_BEYOND + LENGTHS * BEYONDS * NUM_SOURCES * DISTANCES
 T_BIGRAM = T_TOKEN + (1 << TOKEN_BITS)
-NUM_TABLE_CELLS = T_BIGRAM + (1 << BIGRAM_BITS)
-NUM_MIXERS = DEPTHS * NUM_SOURCES * 4
-NUM_WEIGHTS = NUM_MIXERS * (NUM_INPUTS + 1)
+T_TRIGRAM = T_BIGRAM + (1 << BIGRAM_BITS)
+NUM_TABLE_CELLS = T_TRIGRAM + (1 << BIGRAM_BITS)
+TOKEN_INPUTS = 5  # inputs from here on belong to tokens: nothing is known about them at first
+SETS_BY_DEPTH = DEPTHS * NUM_SOURCES * 4
+SET_WIDTH = NUM_INPUTS + 1  # a weight for each input, and a bias
+NUM_WEIGHTS = (SETS_BY_DEPTH + LENGTHS * BEYONDS * 4) * SET_WIDTH
 
 _HASH_A = np.uint64(0x9E3779B97F4A7C15)
 _HASH_B = np.uint64(0xBF58476D1CE4E5B9)
@@ -91,11 +98,14 @@ def describe(
     voters: int,
     dissent: int,
     rank: int,
+    beyond: int,
+    distance: int,
     history: int,
     before: int,
+    last: int,
     token: int,
 ) -> None:
-    """Write the table cells and the mixer of a node to ``out[at : at + NUM_INPUTS + 1]``.
+    """Write the table cells and the weight sets of a node to ``out[at : at + NODE_CELLS]``.
 
     Args:
         out: int32 array.
@@ -107,8 +117,11 @@ def describe(
         voters: how many candidates vote for it.
         dissent: how many vote against it.
         rank: of its newest voter.
+        beyond: bucket of the longest matching candidate's match behind its first mismatch.
+        distance: bucket of how far back that candidate lies.
         history: what became of the last draft.
-        before: the token before it.
+        before: the token before the last one.
+        last: the token before it.
         token: itself.
     """
     length = LENGTH_BUCKET[start_length + depth]
@@ -119,20 +132,25 @@ def describe(
     out[at + 1] = T_START + (LENGTH_BUCKET[start_length] * DEPTHS + level) * 4 + against
     out[at + 2] = T_RANK + (newest * LENGTHS + length) * 2 + (1 if dissent == 0 else 0)
     out[at + 3] = T_HISTORY + (history * DEPTHS + level) * LENGTHS + length
+    out[at + 4] = T_BEYOND + ((length * BEYONDS + beyond) * NUM_SOURCES + source) * DISTANCES + distance
     cell = (np.uint64(token) + np.uint64(7)) * _HASH_A
-    out[at + 4] = T_TOKEN + np.int64(cell >> np.uint64(64 - TOKEN_BITS))
-    cell = ((np.uint64(before) + np.uint64(11)) * _HASH_A) ^ ((np.uint64(token) + np.uint64(7)) * _HASH_B)
-    out[at + 5] = T_BIGRAM + np.int64(cell >> np.uint64(64 - BIGRAM_BITS))
+    out[at + 5] = T_TOKEN + np.int64(cell >> np.uint64(64 - TOKEN_BITS))
+    cell = ((np.uint64(last) + np.uint64(11)) * _HASH_A) ^ ((np.uint64(token) + np.uint64(7)) * _HASH_B)
+    out[at + 6] = T_BIGRAM + np.int64(cell >> np.uint64(64 - BIGRAM_BITS))
+    cell = (cell ^ (np.uint64(before) + np.uint64(3))) * _HASH_B
+    out[at + 7] = T_TRIGRAM + np.int64(cell >> np.uint64(64 - BIGRAM_BITS))
     out[at + NUM_INPUTS] = (level * NUM_SOURCES + source) * 4 + against
+    out[at + NUM_INPUTS + 1] = SETS_BY_DEPTH + (LENGTH_BUCKET[start_length] * BEYONDS + beyond) * 4 + against
 
 
 @kernel
 def predict(stretched: FloatArray, weights: FloatArray, cells: Int32Array, at: int) -> Any:
     """Probability that a node described by ``cells[at:]`` is accepted, given that its parent is."""
-    w = cells[at + NUM_INPUTS] * (NUM_INPUTS + 1)
-    x = weights[w + NUM_INPUTS]
+    w = cells[at + NUM_INPUTS] * SET_WIDTH
+    v = cells[at + NUM_INPUTS + 1] * SET_WIDTH
+    x = weights[w + NUM_INPUTS] + weights[v + NUM_INPUTS]
     for i in range(NUM_INPUTS):
-        x += weights[w + i] * stretched[cells[at + i]]
+        x += (weights[w + i] + weights[v + i]) * stretched[cells[at + i]]
     return f4(1.0) / (f4(1.0) + np.exp(-x))
 
 
@@ -144,11 +162,14 @@ def _learn_node(x: Int64Array, cells: Int32Array, at: int, accepted: bool) -> No
     weights = float32_at(x[X_WEIGHTS])
     outcome = f4(1.0) if accepted else f4(0.0)
     error = (outcome - predict(stretched, weights, cells, at)) * _RATE
-    w = cells[at + NUM_INPUTS] * (NUM_INPUTS + 1)
+    w = cells[at + NUM_INPUTS] * SET_WIDTH
+    v = cells[at + NUM_INPUTS + 1] * SET_WIDTH
     weights[w + NUM_INPUTS] += error * f4(0.5)
+    weights[v + NUM_INPUTS] += error * f4(0.5)
     for i in range(NUM_INPUTS):
         cell = cells[at + i]
         weights[w + i] += error * stretched[cell]
+        weights[v + i] += error * stretched[cell]
         count = counts[cell]
         if count < _COUNT_LIMIT:
             counts[cell] = count + f4(1.0)
@@ -157,7 +178,7 @@ def _learn_node(x: Int64Array, cells: Int32Array, at: int, accepted: bool) -> No
         p = min(max(p, _FLOOR), f4(1.0) - _FLOOR)
         probs[cell] = p - f4(0.5)
         s = np.log(p / (f4(1.0) - p))
-        if i >= 4:
+        if i >= TOKEN_INPUTS:
             s *= counts[cell] / (counts[cell] + f4(2.0))  # a token seen once or twice says little
         stretched[cell] = s
 

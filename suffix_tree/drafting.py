@@ -25,7 +25,7 @@ from specdec.suffix_tree._layout import (
     MAX_DRAFT,
     MAX_MATCH,
     MAX_MEMBERS,
-    NUM_INPUTS,
+    NODE_CELLS,
     R_DRAFT,
     R_DRAFTED,
     R_HISTORY,
@@ -48,8 +48,9 @@ from specdec.suffix_tree._layout import (
     X_WEIGHTS,
 )
 from specdec.suffix_tree.calibration import describe, predict
-from specdec.suffix_tree.matching import find_candidates, position_after
+from specdec.suffix_tree.matching import find_candidates
 from specdec.suffix_tree.memory import Int32Array, Int64Array, float32_at, int32_at, int64_at, kernel
+from specdec.suffix_tree.paged import position_after
 
 __all__ = ["draft_path", "draft_tree"]
 
@@ -58,6 +59,8 @@ f4 = np.float32
 _LENGTH = S_CANDIDATES + GROUPS
 _SOURCE = S_CANDIDATES + 2 * GROUPS
 _RANK = S_CANDIDATES + 3 * GROUPS
+_BEYOND = S_CANDIDATES + 4 * GROUPS
+_DISTANCE = S_CANDIDATES + 5 * GROUPS
 # Columns of a group: the candidates that vote for one token.
 _G_TOKEN, _G_VOTERS, _G_BEST, _G_REACH, _G_NEWEST = range(5)
 # Columns of a branch.
@@ -122,7 +125,7 @@ def _vote(s: Int32Array, weight: FloatArray, first: int, count: int, depth: int)
 
 @kernel
 def _score_group(
-    row: Int64Array, s: Int32Array, g: int, share: float, live: int, depth: int, before: int, at: int
+    row: Int64Array, s: Int32Array, g: int, share: float, live: int, depth: int, before: int, last: int, at: int
 ) -> Any:
     """Acceptance probability of group ``g``'s token; its calibration inputs go to ``s[at:]``."""
     group = S_GROUP + g * GROUP_WIDTH
@@ -131,7 +134,7 @@ def _score_group(
     length = s[_LENGTH + best]
     describe(
         s, at, s[_SOURCE + best], length, depth, share, voters, live - voters, s[group + _G_NEWEST],
-        row[R_HISTORY], before, s[group + _G_TOKEN],
+        s[_BEYOND + best], s[_DISTANCE + best], row[R_HISTORY], before, last, s[group + _G_TOKEN],
     )  # fmt: skip
     x = int64_at(row[R_INDEX])
     return min(predict(float32_at(x[X_STRETCHED]), float32_at(x[X_WEIGHTS]), s, at), _SURE)
@@ -154,7 +157,7 @@ def _record(record: Int32Array, values: FloatArray, node: int, token: int, paren
     base = node * RECORD_WIDTH
     record[base + D_TOKEN] = token
     record[base + D_PARENT] = parent
-    for i in range(NUM_INPUTS + 1):
+    for i in range(NODE_CELLS):
         record[base + D_INPUT + i] = s[at + i]
     values[node] = value
 
@@ -175,7 +178,9 @@ def draft_path(row: Int64Array, max_nodes: int, threshold: float) -> int:
     row[R_DRAFTED] = 0
     count = _start(row, s)
     limit = min(max_nodes, MAX_DRAFT)
-    before = int32_at(row[R_TOKENS])[row[R_LENGTH] - 1]
+    tokens = int32_at(row[R_TOKENS])
+    before = tokens[row[R_LENGTH] - 2]
+    last = tokens[row[R_LENGTH] - 1]
     value = f4(1.0)
     depth = 0
     while depth < limit and count > 0:
@@ -194,19 +199,20 @@ def draft_path(row: Int64Array, max_nodes: int, threshold: float) -> int:
         for g in range(groups):
             if groups > 1 and weight[g] * f4(8.0) < total:
                 continue
-            p = _score_group(row, s, g, weight[g] / total, live, depth, before, at)
+            p = _score_group(row, s, g, weight[g] / total, live, depth, before, last, at)
             if p > best:
                 best = p
                 chosen = g
-                at = 2 * S_INPUTS + NUM_INPUTS + 1 - at
+                at = 2 * S_INPUTS + NODE_CELLS - at
         if chosen < 0:
             break
         value *= best
         if value < threshold:
             break
         token = s[S_GROUP + chosen * GROUP_WIDTH + _G_TOKEN]
-        _record(record, values, depth, token, depth - 1, value, s, 2 * S_INPUTS + NUM_INPUTS + 1 - at)
-        before = token
+        _record(record, values, depth, token, depth - 1, value, s, 2 * S_INPUTS + NODE_CELLS - at)
+        before = last
+        last = token
         depth += 1
         kept = 0
         for i in range(count):
@@ -236,7 +242,7 @@ def _open_branch(row: Int64Array, s: Int32Array, branch: int, members: int, firs
     s[b + _B_TOKEN] = token
     s[b + _B_MEMBERS] = members - (s[b + _B_FIRST] - S_MEMBER) // 2
     s[b + _B_DEPTH] = depth
-    for i in range(NUM_INPUTS + 1):
+    for i in range(NODE_CELLS):
         s[b + _B_INPUTS + i] = s[at + i]
     return members
 
@@ -261,7 +267,9 @@ def draft_tree(row: Int64Array, max_nodes: int, threshold: float) -> int:
     parent = -1
     value = f4(1.0)
     depth = 0
-    before = int32_at(row[R_TOKENS])[row[R_LENGTH] - 1]
+    tokens = int32_at(row[R_TOKENS])
+    before = tokens[row[R_LENGTH] - 2]
+    last = tokens[row[R_LENGTH] - 1]
     while nodes < limit:
         _read_next(row, s, first, count)
         groups = _vote(s, weight, first, count, depth)
@@ -271,7 +279,7 @@ def draft_tree(row: Int64Array, max_nodes: int, threshold: float) -> int:
             total += weight[g]
             live += s[S_GROUP + g * GROUP_WIDTH + _G_VOTERS]
         for g in range(groups):
-            p = value * _score_group(row, s, g, weight[g] / total, live, depth, before, S_INPUTS)
+            p = value * _score_group(row, s, g, weight[g] / total, live, depth, before, last, S_INPUTS)
             if p >= threshold and branches < MAX_BRANCHES and members + count <= MAX_MEMBERS:
                 token = s[S_GROUP + g * GROUP_WIDTH + _G_TOKEN]
                 members = _open_branch(row, s, branches, members, first, count, token, parent, depth + 1, S_INPUTS)
@@ -285,8 +293,10 @@ def draft_tree(row: Int64Array, max_nodes: int, threshold: float) -> int:
                 best = i
         b = S_BRANCH + best * BRANCH_WIDTH
         value = open_value[best]
-        before = s[b + _B_TOKEN]
-        _record(record, values, nodes, before, s[b + _B_PARENT], value, s, b + _B_INPUTS)
+        above = s[b + _B_PARENT]
+        before = record[above * RECORD_WIDTH + D_TOKEN] if above >= 0 else tokens[row[R_LENGTH] - 1]
+        last = s[b + _B_TOKEN]
+        _record(record, values, nodes, last, above, value, s, b + _B_INPUTS)
         parent = nodes
         nodes += 1
         first = s[b + _B_FIRST]

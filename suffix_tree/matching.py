@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from specdec.suffix_tree._layout import (
     ENOUGH_CANDIDATES,
+    GROUPS,
     MAX_CANDIDATES,
     MAX_MATCH,
     MAX_WALK,
     NUM_ORDERS,
     PAGE_BITS,
-    PAGE_MASK,
     R_BEST_LENGTH,
     R_INDEX,
     R_LENGTH,
@@ -43,27 +43,12 @@ from specdec.suffix_tree._layout import (
     X_TOKENS,
 )
 from specdec.suffix_tree.memory import Int32Array, Int64Array, int32_at, int64_at, kernel
-from specdec.suffix_tree.paged import bucket_of, context_hash, order_of
+from specdec.suffix_tree.paged import bucket_of, context_hash, order_of, position_after, position_before
+from specdec.suffix_tree.surroundings import survey
 
-__all__ = ["advance_pins", "find_candidates", "position_after"]
+__all__ = ["advance_pins", "find_candidates"]
 
 _FAR = 1 << 30  # longer than any match
-
-
-@kernel
-def position_after(position: int, page_next: Int32Array) -> int:
-    """The position that follows in the same response; 0 at its end."""
-    if (position & PAGE_MASK) == PAGE_MASK:
-        return int(page_next[position >> PAGE_BITS] << PAGE_BITS)
-    return position + 1
-
-
-@kernel
-def _position_before(position: int, page_prev: Int32Array) -> int:
-    if (position & PAGE_MASK) == 0:
-        page = page_prev[position >> PAGE_BITS]
-        return ((page << PAGE_BITS) | PAGE_MASK) if page > 0 else 0
-    return position - 1
 
 
 @kernel
@@ -83,7 +68,7 @@ def _cached_match(cached: Int32Array, page_prev: Int32Array, position: int, toke
     limit = min(MAX_MATCH, last)
     while length < limit and position > 0 and cached[position] == tokens[last - length]:
         length += 1
-        position = _position_before(position, page_prev)
+        position = position_before(position, page_prev)
     return length
 
 
@@ -120,12 +105,11 @@ def advance_pins(row: Int64Array, new: Int32Array, start: int, stop: int) -> Non
 
 @kernel
 def _add(c: Int32Array, count: int, position: int, length: int, source: int, rank: int) -> int:
-    """Note a candidate; ``c`` holds four rows of (position, match length, source, rank)."""
-    width = 3 * MAX_CANDIDATES
+    """Note a candidate in ``c``, row by row."""
     c[count] = position
-    c[width + count] = length
-    c[2 * width + count] = source
-    c[3 * width + count] = rank
+    c[GROUPS + count] = length
+    c[2 * GROUPS + count] = source
+    c[3 * GROUPS + count] = rank
     return count + 1
 
 
@@ -213,15 +197,14 @@ def find_candidates(row: Int64Array, c: Int32Array) -> int:
 
     Args:
         row: the request.
-        c: [4 * 3 * MAX_CANDIDATES] int32 out: four rows of position, match length, source, rank (0 = newest of the
-            longest order of its source).
+        c: [CANDIDATE_ROWS * GROUPS] int32 out: rows of position, match length, source, rank (0 = newest of the
+            longest order of its source), and what ``survey`` adds.
 
     Returns:
         How many candidates were found.
     """
     if row[R_LENGTH] < 2:
         return 0
-    width = 3 * MAX_CANDIDATES
     own = _find_own(row, c, 0)
     count = own
     if row[R_INDEX] != 0:
@@ -229,18 +212,19 @@ def find_candidates(row: Int64Array, c: Int32Array) -> int:
     cached = count
     if row[R_SHARED] != 0:
         count = _find_cached(row, int64_at(row[R_SHARED]), 2, c, count)
+    survey(row, c, count)
     row[R_PIN] = 0
     row[R_PIN_CACHED] = 0
     best = 0
     for i in range(own):
-        if c[width + i] > best:
-            best = c[width + i]
+        if c[GROUPS + i] > best:
+            best = c[GROUPS + i]
             row[R_PIN] = c[i]
     row[R_PIN_LENGTH] = best
     best = 0
     for i in range(own, cached):
-        if c[width + i] > best:
-            best = c[width + i]
+        if c[GROUPS + i] > best:
+            best = c[GROUPS + i]
             row[R_PIN_CACHED] = c[i]
     row[R_PIN_CACHED_LENGTH] = best
     if row[R_PIN_CACHED] > 0:

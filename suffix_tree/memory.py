@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import mmap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -39,12 +41,26 @@ _SPAN = 1 << 30  # nominal length of a view by address: the kernels keep their o
 _MAP_FIXED = 0x10  # Linux and macOS; not exported by the mmap module
 
 
+def _fingerprint() -> str:
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+_SOURCES = _fingerprint()
+
+
 def kernel(function: _Function) -> _Function:
     """Compile a function to machine code that holds no GIL; compiled code is cached on disk.
+
+    Numba keeps cached code while the function's own file is unchanged, though constants and kernels of other files are
+    compiled into it. The name under which it is cached therefore carries a digest of all sources of this package.
 
     With ``NUMBA_DISABLE_JIT=1`` the function stays Python, with hash arithmetic allowed to wrap as in machine code.
     """
     if not config.DISABLE_JIT:
+        function.__qualname__ = f"{function.__qualname__}_{_SOURCES}"
         compiled: _Function = njit(nogil=True, cache=True, error_model="numpy")(function)
         return compiled
 

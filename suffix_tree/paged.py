@@ -51,7 +51,16 @@ from specdec.suffix_tree._layout import (
 )
 from specdec.suffix_tree.memory import Int32Array, Int64Array, int32_at, int64_at, kernel
 
-__all__ = ["append_tokens", "begin_cached", "bucket_of", "context_hash", "free_pages", "order_of"]
+__all__ = [
+    "append_tokens",
+    "begin_cached",
+    "bucket_of",
+    "context_hash",
+    "free_pages",
+    "order_of",
+    "position_after",
+    "position_before",
+]
 
 _SCALE = np.uint64(0xBF58476D1CE4E5B9)  # odd constants of the splitmix64 finaliser
 _BASE = np.uint64(0x9E3779B97F4A7C15)
@@ -70,6 +79,23 @@ def order_of(k: int) -> int:
     if k == 1:
         return ORDER_1
     return ORDER_2 if k == 2 else ORDER_3
+
+
+@kernel
+def position_after(position: int, page_next: Int32Array) -> int:
+    """The position that follows in the same response; 0 at its end."""
+    if (position & PAGE_MASK) == PAGE_MASK:
+        return int(page_next[position >> PAGE_BITS] << PAGE_BITS)
+    return position + 1
+
+
+@kernel
+def position_before(position: int, page_prev: Int32Array) -> int:
+    """The position that comes before in the same response; 0 at its beginning."""
+    if (position & PAGE_MASK) == 0:
+        page = page_prev[position >> PAGE_BITS]
+        return ((page << PAGE_BITS) | PAGE_MASK) if page > 0 else 0
+    return position - 1
 
 
 @kernel

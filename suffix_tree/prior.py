@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from specdec.suffix_tree.calibration import NUM_WEIGHTS, T_TOKEN
+from specdec.suffix_tree.calibration import NUM_WEIGHTS, SET_WIDTH, SETS_BY_DEPTH, T_TOKEN
+from specdec.suffix_tree.surroundings import BEYONDS, DISTANCES
 
 __all__ = ["Prior", "load_prior", "untrained_prior"]
 
@@ -68,7 +69,8 @@ def untrained_prior() -> Prior:
     start = np.repeat(by_length, 8 * 4)
     rank = np.tile(np.repeat(by_length, 2), 5)
     history = np.tile(by_length, 6 * 8)
-    probs = np.clip(np.concatenate([share, start, rank, history]), 0.03, 0.98).astype(np.float32)
-    weights = np.full((NUM_WEIGHTS // 7, 7), 0.3, np.float32)
-    weights[:, -1] = 0  # the bias
+    beyond = np.repeat(by_length, BEYONDS * 3 * DISTANCES)
+    probs = np.clip(np.concatenate([share, start, rank, history, beyond]), 0.03, 0.98).astype(np.float32)
+    weights = np.zeros((NUM_WEIGHTS // SET_WIDTH, SET_WIDTH), np.float32)
+    weights[:SETS_BY_DEPTH, :-1] = 0.25  # all but the bias; the other sets are what is learned on top
     return Prior(probs, np.zeros(T_TOKEN, np.float32), weights.ravel())

@@ -236,7 +236,7 @@ class Answer:
             "tokens": [self._piece(token_id) for token_id in tree.token_ids],
             "parents": tree.parents,
             "accepted": tree.accepted_nodes,
-            "bonus": self._piece(tree.bonus_id),
+            "bonus": None if tree.bonus_id is None else self._piece(tree.bonus_id),
         }
 
 

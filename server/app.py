@@ -28,6 +28,7 @@ from specdec.server.metrics import ServerMetrics
 from specdec.server.prompts import Serving, chat_grammar, chat_prompt, completion_prompts, jobs_of
 from specdec.server.speculation import Choices
 from specdec.server.tools import offers_tools
+from specdec.server.web import add_page
 from specdec.server.wire import ChatRequest, CompletionRequest, GenerationRequest
 from specdec.server.worker import Draining, EngineWorker, Job, Overloaded, Update
 
@@ -104,6 +105,7 @@ def create_app(service: Service) -> FastAPI:
     _add_errors(app, service)
     _add_generation(app, service)
     _add_service_routes(app, service)
+    add_page(app)
     return app
 
 
@@ -344,7 +346,8 @@ def _add_service_routes(app: FastAPI, service: Service) -> None:
         _tenant(service, request)
         names = (service.serving.name, *service.serving.aliases)
         shared = {"object": "model", "created": created, "owned_by": "specdec"}
-        data = [{"id": name, "max_model_len": service.serving.max_length} | shared for name in names]
+        own = {"max_model_len": service.serving.max_length, "drafters": list(service.choices.drafters)}
+        data = [{"id": name} | own | shared for name in names]
         return {"object": "list", "data": data}
 
     @app.get("/health")

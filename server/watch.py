@@ -30,12 +30,12 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TreeNote:
-    """One step's draft tree as a request sees it; node 0 is the root."""
+    """One step's draft tree as a request sees it; node 0 is the root. What lies behind a stop is left out."""
 
     token_ids: list[int]
     parents: list[int]
     accepted_nodes: list[int]
-    bonus_id: int
+    bonus_id: int | None  # None: the text ended with an accepted token
 
 
 @dataclass(slots=True)
@@ -124,13 +124,13 @@ class StepWatcher:
         if wish.num_logprobs is not None:
             notes.logprobs += _logprobs(event, wish.num_logprobs)
         if wish.has_trace:
-            tree = event.tree
+            tree, accepted = event.tree, event.result.accepted_nodes[: len(event.emitted_ids)].tolist()
             notes.trees.append(
                 TreeNote(
                     token_ids=tree.token_ids.tolist(),
                     parents=tree.parents.tolist(),
-                    accepted_nodes=event.result.accepted_nodes.tolist(),
-                    bonus_id=int(event.result.bonus_id),
+                    accepted_nodes=accepted,
+                    bonus_id=int(event.emitted_ids[-1]) if len(event.emitted_ids) > len(accepted) else None,
                 )
             )
 

@@ -272,6 +272,16 @@ def test_a_full_queue_says_when_to_come_back():
         assert live.post("/v1/completions", {"prompt": "x", "max_tokens": 2, "n": 2}).status_code == 200
 
 
+def test_a_trace_holds_what_was_emitted_and_no_more(live: Live):
+    body = {"temperature": 0, "prompt": "abcabcabcabcabc", "max_tokens": 40, "return_token_ids": True}
+    whole = complete(live, **body)["choices"][0]
+    for stop in range(8, 30, 3):
+        stopped = complete(live, **body, stop_token_ids=[whole["token_ids"][stop]], speculative={"trace": True})
+        choice = stopped["choices"][0]
+        trees = choice["speculative"]
+        assert sum(len(tree["accepted"]) + (tree["bonus"] is not None) for tree in trees) == len(choice["token_ids"])
+
+
 def test_the_options_of_the_server_are_checked():
     for options in ({"drafters": ()}, {"drafters": ("magic",)}, {"budget": -1}):
         with pytest.raises(ValueError, match=r"drafter|budget"):

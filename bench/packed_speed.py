@@ -1,10 +1,11 @@
-"""A plain step on the CPU: this engine, packed and not, against transformers eager, with a static cache, and compiled.
+"""A plain step on the CPU: this engine, dense, packed and strict, against transformers eager, static and compiled.
 
     python -m specdec.bench.packed_speed --dtype bfloat16 --json bench/results/packed_speed_bfloat16.json
 
 All decode greedily behind the same prompt, in turn, in one process; a run's figure is the median gap between two of
-its tokens, as a streamer sees them, so each side's whole loop is in it. transformers' arms share one model, the engines have
-one each. After that, the cost of an engine step by the number of tokens in it, packed and not.
+its tokens, as a streamer sees them, so each side's whole loop is in it. transformers' arms share one model, the engines
+have one each. After that, the cost of an engine step by the number of tokens in it: dense, packed, and packed with
+strict numerics.
 """
 
 from __future__ import annotations
@@ -140,12 +141,14 @@ def _compare(shape: str, dtype: str, num_prompt: int, num_new: int, repeats: int
         start = perf_counter()
         packed = stack.enter_context(build_engine(own, "none", packed=True, **options))
         seconds = perf_counter() - start
+        strict = stack.enter_context(build_engine(copy.deepcopy(model), "none", numerics="strict", **options))
         arms = {
             "transformers eager": by_transformers(model),
             "transformers static cache": by_transformers(model, cache_implementation="static", disable_compile=True),
             "transformers compiled": by_transformers(model, cache_implementation="static", compile_config=compiled),
             "engine": by_engine(dense),
             "engine packed": by_engine(packed),
+            "engine strict": by_engine(strict),
         }
         times = step_times(arms, prompt_ids, num_new=num_new, repeats=repeats)
         curves = {
@@ -153,7 +156,7 @@ def _compare(shape: str, dtype: str, num_prompt: int, num_new: int, repeats: int
                 str(size): statistics.median(row)
                 for size, row in step_costs(engine, prompt_ids, _STEP_SIZES, repeats=repeats).items()
             }
-            for name, engine in (("engine", dense), ("engine packed", packed))
+            for name, engine in (("engine", dense), ("engine packed", packed), ("engine strict", strict))
         }
         return {
             "prompt_tokens": num_prompt,

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from specdec.attention import QueryLayout
 from specdec.errors import UnsupportedError
 from specdec.kv_cache import Keep
+from specdec.query_layout import QueryLayout
 from specdec.routes import choose_route
 from specdec.tree_target import TreeTarget
 from specdec.types import IntArray

@@ -25,39 +25,17 @@ from transformers.masking_utils import sdpa_mask
 
 from specdec.errors import InternalError
 from specdec.kv_cache import GroupKey, KVGroup, KVPool
+from specdec.query_layout import QueryLayout
+from specdec.strict_attention import StrictKeys
 from specdec.types import IntArray
 
-__all__ = ["IMPLEMENTATION", "QueryLayout", "StepAttention", "TailMasks", "active"]
+__all__ = ["IMPLEMENTATION", "StepAttention", "TailMasks", "active"]
 
 IMPLEMENTATION = "specdec_tree"
 # From this many query tokens on, heads stay apart and the mask is shared: packed rows would repeat it per head.
 _MAX_PACKED_TOKENS = 32
 # Masks up to this many rows (a packed tree) are kept between steps; at 16k keys in float32 one takes at most 16 MiB.
 _MAX_KEPT_ROWS = 256
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class QueryLayout:
-    """One request's query tokens within the flat row of a step.
-
-    Args:
-        request_id: whose tokens.
-        start: index of the first in the flat row.
-        num_tokens: how many.
-        num_cached: context length; the position of the first token after it.
-        positions: [E + num_tokens] int64: absolute, of the tokens after the context.
-        ancestors: [num_tokens, E + num_tokens] bool: (i, j) is True if j is query i or an ancestor of it.
-        num_earlier: E: tokens after the context whose K/V earlier forwards of this step wrote, in the reserved slots
-            before the query tokens'. Drafters grow trees like this; a target has none.
-    """
-
-    request_id: str
-    start: int
-    num_tokens: int
-    num_cached: int
-    positions: npt.NDArray[np.int64]
-    ancestors: npt.NDArray[np.bool_]
-    num_earlier: int = 0
 
 
 class TailMasks:
@@ -134,6 +112,7 @@ class StepAttention:
         layouts: the requests of the step, in flat order.
         num_query_groups: query heads per KV head of each call.
         masks: buffers that live as long as the target, by (mask group, query heads per KV head).
+        is_strict: every query's result has the same bits, whatever else is in the step (CPU only).
     """
 
     def __init__(
@@ -145,8 +124,10 @@ class StepAttention:
         dtype: torch.dtype,
         device: torch.device,
         masks: dict[tuple[GroupKey, int], TailMasks],
+        is_strict: bool = False,
     ) -> None:
         self.pool = pool
+        self.is_strict = is_strict
         self.layouts = layouts
         self.num_query_groups = num_query_groups
         self.dtype, self.device = dtype, device
@@ -197,11 +178,14 @@ class StepAttention:
         for layout, seen in zip(self.layouts, self._keys[group_key, per_kv], strict=True):
             rows = slice(layout.start, layout.start + layout.num_tokens)
             q = query[0, :, rows].unflatten(0, (key.shape[1], per_kv))  # [Hkv, G, T, Dk]
-            k, v = _get(keys, seen.where).transpose(0, 1), _get(values, seen.where).transpose(0, 1)  # [Hkv, n, D]
-            if softcap is None and sinks is None:
-                result = _attend_plain(q, k, v, seen, scale)
+            if isinstance(seen, StrictKeys):
+                result = seen.attend(q, keys, values, scale)
             else:
-                result = _attend_special(q, k, v, seen, scale, softcap, sinks)
+                k, v = _get(keys, seen.where).transpose(0, 1), _get(values, seen.where).transpose(0, 1)  # [Hkv, n, D]
+                if softcap is None and sinks is None:
+                    result = _attend_plain(q, k, v, seen, scale)
+                else:
+                    result = _attend_special(q, k, v, seen, scale, softcap, sinks)
             out[0, rows] = result.flatten(0, 1).transpose(0, 1)
         return out
 
@@ -215,7 +199,12 @@ class StepAttention:
             [table.reserved[layout.num_earlier :] for table, layout in zip(tables, self.layouts, strict=True)]
         )
 
-    def _keys_of(self, group: KVGroup, per_kv: int, masks: TailMasks) -> list[_Keys]:
+    def _keys_of(self, group: KVGroup, per_kv: int, masks: TailMasks) -> Sequence[_Keys | StrictKeys]:
+        if self.is_strict:
+            return [
+                StrictKeys(group.key, group.tables[layout.request_id], layout, per_kv, self.dtype)
+                for layout in self.layouts
+            ]
         found = []
         for row, layout in enumerate(self.layouts):
             table = group.tables[layout.request_id]

@@ -28,6 +28,7 @@ from specdec.protocols import Controller, Drafter, Draws, Observer, TargetModel,
 from specdec.rope import freeze_rope
 from specdec.routes import Route, choose_route
 from specdec.sampling import Sampler
+from specdec.strict import require_same_bits, require_strict_path
 from specdec.tree_target import TreeTarget, kv_bytes_per_token
 from specdec.verifier.match import MatchVerifier
 from specdec.verifier.ratio_rules import RULES
@@ -144,6 +145,8 @@ def build_target(model: PreTrainedModel, config: EngineConfig, *, route: Route |
     if route.kind == "refused":
         raise UnsupportedError(f"{type(model).__name__} cannot be served: {' '.join(route.reasons)}")
     num_drafts = _MAX_CHAIN if route.can_draft else 0
+    if config.numerics == "strict":
+        require_strict_path(route)
     if route.kind == "plain":
         return PlainTarget(model, max_length=max_length, max_draft_tokens=num_drafts)
     per_token = kv_bytes_per_token(route.calls, model.dtype)
@@ -157,6 +160,7 @@ def build_target(model: PreTrainedModel, config: EngineConfig, *, route: Route |
         max_length=max_length,
         max_batch_size=config.max_batch_size,
         max_step_tokens=config.max_prefill_tokens,
+        is_strict=config.numerics == "strict",
     )
 
 
@@ -167,10 +171,14 @@ def may_pack(model: PreTrainedModel, config: EngineConfig) -> bool:
         ConfigError: ``packed=True`` for a model that cannot be packed.
     """
     if config.packed is False:
+        if config.numerics == "strict":
+            raise ConfigError('numerics="strict" works with packed weights only: packed must not be False')
         return False
     obstacle = packing_obstacle(model)
     if obstacle is not None and config.packed is True:
         raise ConfigError(f"packed=True is impossible here: {obstacle}")
+    if obstacle is not None and config.numerics == "strict":
+        raise UnsupportedError(f'numerics="strict" is impossible here: {obstacle}')
     return obstacle is None
 
 
@@ -225,6 +233,7 @@ def build_engine(
         UnsupportedError: the model cannot be served, or the verifier cannot judge what the drafter guesses.
     """
     config = EngineConfig.of(**options)
+    is_packed = may_pack(model, config)
     if verifier not in VERIFIERS:
         raise ConfigError(f"verifier must be one of {', '.join(VERIFIERS)}, got {verifier!r}")
     if controller is not None and budget is not None:
@@ -242,7 +251,10 @@ def build_engine(
 
     try:
         target = build_target(model, config, route=route)
-        if may_pack(model, config):
+        if config.numerics == "strict":
+            pack_linears(model, holder, strict=True)
+            require_same_bits(target)
+        elif is_packed:
             pack_linears(model, holder)
         for notice in frozen.notices:
             logger.warning("%s", notice)

@@ -34,6 +34,11 @@ class EngineConfig(BaseModel):
         description="keep linear weights in the layout that the CPU multiplies fastest; auto: where that is possible",
     )
 
+    numerics: Literal["default", "strict"] = Field(
+        default="default",
+        description="strict: a token's logits have the same bits however it is decoded, at some cost (CPU only)",
+    )
+
     @classmethod
     def of(cls, **options: Any) -> EngineConfig:
         """Validate ``options``; every broken rule becomes one line of one ``ConfigError``."""

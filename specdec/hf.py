@@ -213,8 +213,11 @@ class Speculation:
 
     def _engine(self, model: PreTrainedModel, requests: Sequence[Request]) -> Engine:
         limits = self._limits(requests)
-        if may_pack(model, EngineConfig.of(**limits)):
-            pack_linears(model, _HOLDER)  # beyond this call: packing a large model takes as long as many tokens
+        config = EngineConfig.of(**limits)
+        if may_pack(model, config):
+            pack_linears(
+                model, _HOLDER, strict=config.numerics == "strict"
+            )  # beyond this call: packing a large model takes as long as many tokens
         return build_engine(
             model,
             self.drafter,

@@ -17,9 +17,10 @@ import numpy.typing as npt
 import torch
 from numba import njit
 
-from specdec.attention import IMPLEMENTATION, QueryLayout, StepAttention, TailMasks, active
+from specdec.attention import IMPLEMENTATION, StepAttention, TailMasks, active
 from specdec.errors import ConfigError, InternalError
 from specdec.kv_cache import CallShape, GroupKey, Keep, KVPool
+from specdec.query_layout import QueryLayout
 from specdec.types import Chunk, IntArray, RequestState, TargetOutput
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class TreeTarget:
         max_length: most tokens of one request.
         max_batch_size: most requests held at a time.
         max_step_tokens: most query tokens of one step.
+        is_strict: attention gives a query the same bits whatever else is in the step; for models on the CPU whose
+            attention has no soft-cap, no sinks, and values as wide as keys.
 
     Raises:
         ConfigError: a size is below 1, or the model is in training mode.
@@ -69,6 +72,7 @@ class TreeTarget:
         max_length: int,
         max_batch_size: int,
         max_step_tokens: int,
+        is_strict: bool = False,
     ) -> None:
         if model.training:
             raise ConfigError("the model must be in evaluation mode: call model.eval() first, or dropout would act")
@@ -81,6 +85,7 @@ class TreeTarget:
             if value < 1:
                 raise ConfigError(f"{name} must be >= 1, got {value}")
         self.model = model
+        self.is_strict = is_strict
         self.calls = tuple(calls)
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self.max_length = max_length
@@ -146,8 +151,9 @@ class TreeTarget:
             [L, V] logits. The K/V of all query tokens are written.
         """
         step = StepAttention(
-            self.pool, layouts, self._num_query_groups, dtype=self.dtype, device=self.device, masks=self._masks
-        )
+            self.pool, layouts, self._num_query_groups, dtype=self.dtype, device=self.device, masks=self._masks,
+            is_strict=self.is_strict,
+        )  # fmt: skip
         rows = torch.from_numpy(logit_rows).to(self.device)
         options: dict[str, Any] = {"logits_to_keep": rows} if self._keeps_logits else {}
         with active(step), self._our_attention():

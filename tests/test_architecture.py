@@ -20,7 +20,8 @@ LAYERS = [
     "specdec.tree specdec.types",
     "specdec.protocols specdec.config specdec.sampling specdec.processors.* specdec.stopping specdec.rope specdec.text",
     "specdec.verifier.* specdec.drafters.* specdec.mask_laws specdec.probe specdec.kv_slots specdec.kv_cache"
-    " specdec.packed_linear specdec.attention specdec.tree_target specdec.chain_target specdec.plain_target"
+    " specdec.packed_linear specdec.query_layout specdec.strict_attention specdec.strict"
+    " specdec.attention specdec.tree_target specdec.chain_target specdec.plain_target"
     " specdec.row_forward specdec.reference specdec.self_test specdec.routes specdec.controller specdec.trace"
     " specdec.toy",
     "specdec.scheduler specdec.engine",

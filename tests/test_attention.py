@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface
 
-from specdec.attention import IMPLEMENTATION, QueryLayout, StepAttention, TailMasks, active
+from specdec.attention import IMPLEMENTATION, StepAttention, TailMasks, active
 from specdec.errors import InternalError
 from specdec.kv_cache import CallShape, GroupKey, Keep, KVPool
+from specdec.query_layout import QueryLayout
 from tests.oracles import random_tree
 
 FULL: GroupKey = ("full", 0)

@@ -59,6 +59,7 @@ class Judge:
         lab: the model as it is.
         tokenizer: for the text of tokens.
         notes: what readers of the report should know; grows when memory is taken for a wider copy.
+        is_strict: the engine promises equal bits: a difference from plain decoding is a bug, however close it was.
         measures: make the wider copy also to measure rounding where the precision alone explains nothing.
     """
 
@@ -66,6 +67,7 @@ class Judge:
     tokenizer: PreTrainedTokenizerBase | None
     notes: list[str] = field(default_factory=list)
     measures: bool = True
+    is_strict: bool = False
     _wide: Lab | UnsupportedError | None = None
 
     def compare(self, setting: Setting, decoder: str, against: str, *, got: Outputs | None = None) -> Comparison:
@@ -125,6 +127,8 @@ class Judge:
         )
         if not (tokens[0] and tokens[1]):
             return found
+        if self.is_strict and against == PLAIN:
+            return replace(found, reason="strict numerics promise the same bits, so no rounding excuses this")
         prefix = self._prefix(setting, request, position, PLAIN if against != GENERATE else GENERATE)
         logits = self._logits(setting, request, prefix)
         if logits is None:

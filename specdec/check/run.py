@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
@@ -45,6 +46,7 @@ class CheckOptions:
         num_seeds: per prompt and sampled setting; 0 leaves sampling out.
         num_samples: of each side of the two-sample tests; 0 leaves them out.
         has_controls: also run broken engines, which must be caught.
+        is_strict: engines run with ``numerics="strict"``, and a difference from plain decoding is a bug, never a tie.
 
     Raises:
         ConfigError: a value is outside its rule.
@@ -57,6 +59,7 @@ class CheckOptions:
     num_seeds: int = 2
     num_samples: int = 500
     has_controls: bool = True
+    is_strict: bool = False
 
     def __post_init__(self) -> None:
         check_drafters(self.drafters)
@@ -107,9 +110,11 @@ def check_model(
         ConfigError: no prompt is usable.
         UnsupportedError: the engine, or ``model.generate``, cannot run this model.
     """
-    return _Check(model, tokenizer, texts, options or CheckOptions(), engine_factory or build_engine, on_progress).run(
-        name
-    )
+    options = options or CheckOptions()
+    factory = engine_factory or build_engine
+    if options.is_strict:
+        factory = partial(factory, numerics="strict")
+    return _Check(model, tokenizer, texts, options, factory, on_progress).run(name)
 
 
 class _Check:
@@ -148,7 +153,7 @@ class _Check:
         if route.kind == "refused":
             raise UnsupportedError(f"{type(model).__name__} cannot be checked: {' '.join(route.reasons)}")
         self.lab = Lab(model, plan, route, engine_factory, self._advance)
-        self.judge = Judge(self.lab, tokenizer, list(notes))
+        self.judge = Judge(self.lab, tokenizer, list(notes), is_strict=options.is_strict)
         self._on_progress = on_progress
         self._what, self._num_done, self._num_units = "", 0, self._count_units(prompts)
 

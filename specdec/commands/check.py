@@ -44,6 +44,12 @@ def check(
     self_test: Annotated[
         bool, typer.Option("--self-test/--no-self-test", help="Also run broken engines, which must be caught.")
     ] = True,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Run with strict numerics: a difference from plain decoding is then never a tie."
+        ),
+    ] = False,
     dtype: DTypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -67,6 +73,7 @@ def check(
         num_seeds=seeds,
         num_samples=samples,
         has_controls=self_test,
+        is_strict=strict,
     )
     texts = BUILTIN_PROMPTS if prompts is None else read_prompts(prompts)
     loaded = load_model(model, dtype=dtype, device=device)

@@ -107,6 +107,21 @@ def test_a_near_tie_of_bfloat16_is_a_tie_and_not_a_bug():
     assert any("copy of the model in float32" in note for note in report.notes)
 
 
+def test_strict_numerics_excuse_no_difference_from_plain_decoding():
+    strict = replace(GREEDY_ONLY, is_strict=True)
+    report = run(near_ties(), strict, engine_factory=broken.factory(broken.round_otherwise))
+    of_plain = [d for c in report.comparisons if c.against == "plain" for d in c.differences]
+    assert of_plain, "the rounding should have turned some tokens"
+    assert all(d.verdict == "bug" and "promise the same bits" in d.reason for d in of_plain)
+    assert all(d.verdict == "tie" for c in report.comparisons if c.against == "generate" for d in c.differences)
+
+
+def test_a_sound_strict_engine_makes_no_difference_even_at_near_ties():
+    report = run(near_ties(), replace(GREEDY_ONLY, is_strict=True))
+    assert [c.differences for c in report.comparisons if c.against == "plain" and c.differences] == []
+    assert report.num_bugs == 0
+
+
 def test_a_near_tie_that_also_differs_in_float32_is_a_bug():
     report = run(near_ties(), GREEDY_ONLY, engine_factory=broken.factory(broken.round_coarsely))
     differences = [d for c in report.comparisons for d in c.differences]

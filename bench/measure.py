@@ -74,7 +74,12 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
 def _command() -> list[str]:
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = spec.name if spec is not None else Path(sys.argv[0]).name
-    return [name.removesuffix(".__main__"), *sys.argv[1:]]
+    return [name.removesuffix(".__main__"), *map(_without_folder, sys.argv[1:])]
+
+
+def _without_folder(word: str) -> str:
+    """Where files lie on this machine is nobody's business, and would not reproduce anything."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def _git_commit() -> str | None:

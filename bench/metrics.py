@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -29,7 +29,7 @@ _NGRAM = 4
 _NUM_RESAMPLES = 2000  # the 2.5 % point of the bootstrap is then known to about a tenth of the interval's width
 
 
-def distinct_ngrams(ids: Sequence[int]) -> float:
+def distinct_ngrams(ids: Sequence[Hashable]) -> float:
     """Distinct 4-grams / all 4-grams; 1 for a text too short to have any."""
     grams = [tuple(ids[i : i + _NGRAM]) for i in range(len(ids) - _NGRAM + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0

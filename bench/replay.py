@@ -43,7 +43,7 @@ class Plan:
         max_new_tokens: of a live answer.
         stop_ids: end a live answer.
         warmth: cold forgets before every call, self-warmed before every source, warmed learns ``training`` then.
-        training: answered calls for warmed stores.
+        training: answered calls for warmed stores; a source learns from its own, if there are any.
         decode: tokens to text, for live answers that later prompts quote.
         encode: text to tokens, likewise.
     """
@@ -127,7 +127,6 @@ class _Runner:
         self.arms, self.work, self.plan, self.run = arms, work, plan, run
         self.expected: dict[int, list[int]] = {}  # live: the first arm's output per call
         self.meter = EnergyMeter()
-        self.training = [self._job(number, item) for number, item in enumerate(plan.training)]
 
     def warm_the_machine(self) -> None:
         """One untimed answer of every arm: first calls compile, allocate and page in."""
@@ -140,26 +139,28 @@ class _Runner:
         alone = [arm for arm in self.arms if arm.concurrency == 1]
         if self.plan.warmth != "cold":
             for arm in alone:
-                self._fresh(arm)
+                self._fresh(arm, source)
         mine = [index for index, item in enumerate(self.work.items) if item.source == source]
         for index in mine:
             job = self._job(index, self.work.items[index])
             turn = 0 if index not in self.expected and self.plan.is_live else (number + index) % max(len(alone), 1)
             for arm in [*alone[turn:], *alone[:turn]]:
                 if self.plan.warmth == "cold":
-                    self._fresh(arm)
+                    self._fresh(arm, source)
                 self._answer(arm, number, [index], [job])
             if on_step is not None:
                 on_step(self.run)
-        self._together(number, mine, on_step)
+        self._together(number, source, mine, on_step)
 
-    def _together(self, number: int, indices: Sequence[int], on_step: Callable[[Run], None] | None) -> None:
+    def _together(
+        self, number: int, source: str, indices: Sequence[int], on_step: Callable[[Run], None] | None
+    ) -> None:
         """The arms that take several calls at a time: each all calls of the source, in turns from round to round."""
         crowds = [arm for arm in self.arms if arm.concurrency > 1]
         jobs = [self._job(index, self.work.items[index]) for index in indices] if crowds else []
         turn = number % max(len(crowds), 1)
         for arm in [*crowds[turn:], *crowds[:turn]]:
-            self._fresh(arm)
+            self._fresh(arm, source)
             self._answer(arm, number, indices, jobs)
             if on_step is not None:
                 on_step(self.run)
@@ -168,10 +169,11 @@ class _Runner:
         for index, job, done in zip(indices, jobs, self._attempt(arm, jobs), strict=False):
             self._record(arm, number, index, self.work.items[index], job, done)
 
-    def _fresh(self, arm: Arm) -> None:
+    def _fresh(self, arm: Arm, source: str) -> None:
         arm.reset()
         if self.plan.warmth == "warmed":
-            arm.warm(self.training)
+            own = [item for item in self.plan.training if item.source == source] or self.plan.training
+            arm.warm([Job(item.prompt_ids, len(item.response_ids), item.response_ids) for item in own])
 
     def _attempt(self, arm: Arm, jobs: Sequence[Job]) -> list[JobResult]:
         """What the arm did; nothing if it fails now or failed before."""

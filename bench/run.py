@@ -29,7 +29,7 @@ from specdec.bench.workload import Limits, Workload, built_in_calls
 from specdec.build import model_max_length
 from specdec.errors import ConfigError
 
-__all__ = ["BenchOptions", "make_workload", "run_bench"]
+__all__ = ["BenchOptions", "make_training", "make_workload", "run_bench"]
 
 _REFERENCES = ("plain", "generate", "prompt-lookup")  # what speed-ups are given against, as far as they ran
 _DRAFT_ROOM = 512  # KV slots beyond prompt and answer, for the nodes of one step
@@ -51,6 +51,9 @@ class BenchOptions:
         calls: of each source; 0 = all.
         max_prompt: tokens; 0 = all.
         max_response: tokens; 0 = all.
+        held_out: measure only the half of the episodes that nothing shipped was chosen on; warmed stores may then learn
+            from the other half.
+        train_calls: of each source, for warmed stores; 0 = all.
         seed: of the bootstrap, the built-in workload and random weights.
         temperature: 0 is greedy; a replay's answer stays the recorded one.
         top_p: 1 = off.
@@ -69,6 +72,8 @@ class BenchOptions:
     calls: int = 0
     max_prompt: int = 0
     max_response: int = 0
+    held_out: bool = False
+    train_calls: int = 0
     seed: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
@@ -101,7 +106,8 @@ def make_workload(paths: Sequence[Path], encode: Encode, options: BenchOptions, 
         LoadError: a trace cannot be read.
         ConfigError: no usable call.
     """
-    limits = Limits(options.calls, options.max_prompt, options.max_response)
+    half = 1 if options.held_out else None
+    limits = Limits(options.calls, options.max_prompt, options.max_response, half)
     if paths:
         return Workload.from_paths(
             paths, encode, limits, is_strict=options.strict, needs_response=options.mode != "live", format=format
@@ -111,6 +117,25 @@ def make_workload(paths: Sequence[Path], encode: Encode, options: BenchOptions, 
         [("stdlib-edits", lambda: built_in_calls(count, seed=options.seed))], encode, limits, skips=Skips(),
         files=[SourceFile(source="stdlib-edits", name="built-in")],
     )  # fmt: skip
+
+
+def make_training(
+    paths: Sequence[Path], traces: Sequence[Path], encode: Encode, options: BenchOptions, *, format: str = "auto"
+) -> Workload | None:
+    """What warmed stores know: the given traces, or without any the half of the measured ones that is not measured.
+
+    Raises:
+        LoadError: a trace cannot be read.
+        ConfigError: warmed stores would know what they are measured on, or there is training for stores that forget.
+    """
+    if options.warmth != "warmed":
+        if paths:
+            raise ConfigError(f"training traces are for warmed stores, got warmth {options.warmth}")
+        return None
+    if not paths and not (traces and options.held_out):
+        raise ConfigError("warmed stores need training traces, or held-out ones to be measured on")
+    limits = Limits(options.train_calls, options.max_prompt, options.max_response, None if paths else 0)
+    return Workload.from_paths(paths or traces, encode, limits, is_strict=options.strict, format=format)
 
 
 def run_bench(
@@ -278,7 +303,7 @@ class _Saver:
     ) -> None:
         self._result, self._output, self._options = result, output, options
         self._total, self._on_progress = result.workload.num_calls * options.rounds, on_progress
-        self._saved_at = perf_counter()
+        self._saved_at = -_SAVE_EVERY_S  # the first call is saved at once
 
     def step(self, run: Run) -> None:
         if self._on_progress is not None:

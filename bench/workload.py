@@ -11,11 +11,11 @@ import numpy as np
 
 from specdec.bench.loaders import OpenTurn, Skips, load_calls, trace_files
 from specdec.bench.results_schema import SourceFile, WorkloadInfo
-from specdec.bench.traces import Call, Encode
+from specdec.bench.traces import Call, Encode, episode_half
 from specdec.errors import ConfigError
 from specdec.types import IntArray
 
-__all__ = ["Limits", "WorkItem", "Workload", "built_in_calls", "source_name"]
+__all__ = ["Limits", "WorkItem", "Workload", "built_in_calls", "fingerprint", "source_name"]
 
 _CHUNK = 1 << 20
 _NO_IDS = np.empty(0, dtype=np.int32)
@@ -25,12 +25,14 @@ _NO_IDS = np.empty(0, dtype=np.int32)
 class Limits:
     """How much of each source is taken: whole episodes until so many calls, and how long a call may be, in tokens.
 
-    Prompts keep their end, answers their beginning; 0 takes everything.
+    Prompts keep their end, answers their beginning; 0 takes everything. ``half`` takes only the episodes of that half
+    (``episode_half``): shipped tables were chosen on half 0, so half 1 is what a drafter has never seen.
     """
 
     calls: int = 0
     prompt_tokens: int = 0
     response_tokens: int = 0
+    half: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -100,7 +102,7 @@ class Workload:
             for unit in units:
                 name = source_name(unit)
                 sources.append((name, _opener(unit, skips, format, needs_response)))
-                files += [_fingerprint(name, file) for file in trace_files(unit)]
+                files += [fingerprint(name, file) for file in trace_files(unit)]
         return cls.of(sources, encode, limits, files=files, skips=skips)
 
     def info(self) -> WorkloadInfo:
@@ -145,7 +147,8 @@ def _opener(path: Path, skips: Skips, format: str, needs_response: bool) -> Call
     return lambda: load_calls(path, skips=skips, format=format, needs_response=needs_response)
 
 
-def _fingerprint(source: str, file: Path) -> SourceFile:
+def fingerprint(source: str, file: Path) -> SourceFile:
+    """What a result says about a trace file."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
@@ -157,7 +160,8 @@ def _taken(name: str, calls: Iterator[Call], encode: Encode, limits: Limits) -> 
     """Whole episodes until there are enough calls; the last episode may be cut short."""
     cache: dict[str, IntArray] = {}
     trace: str | None = None
-    for number, call in enumerate(calls):
+    chosen = (call for call in calls if limits.half is None or episode_half(call.trace) == limits.half)
+    for number, call in enumerate(chosen):
         if limits.calls and number >= limits.calls:
             return
         if call.trace != trace:

@@ -2,13 +2,13 @@
 
 specdec bench --mode simulate --tokenizer DIR --traces FILE --out result.json
 specdec bench --mode replay --shape qwen2.5-0.5b --tokenizer DIR --traces FILE --out result.json
+specdec bench --mode serve --url http://localhost:8000 --rate 1,2,4 --out result.json
 specdec bench compare A.json B.json
 specdec bench report result.json --html report.html
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,28 +17,31 @@ from typer.core import TyperGroup
 
 from specdec.commands import printing
 from specdec.commands.bench import bench
+from specdec.commands.bench_serve import serve
+from specdec.commands.bench_show import finish, numbers, show, slo_of
 from specdec.commands.loading import load_model
 from specdec.commands.options import BudgetOption, DeviceOption, DTypeOption, SeedOption, TemperatureOption
 from specdec.errors import ConfigError
 
 if TYPE_CHECKING:
-    from specdec.bench.results_schema import BenchResult
     from specdec.bench.targets import Target
 
 __all__ = ["app"]
 
-_EXIT_DOUBTFUL = 1
 _DEFAULT_ARMS = {True: "plain,ngram,suffix,lookahead", False: "plain,ngram,suffix,generate,prompt-lookup"}  # simulated?
-_EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 class _ByMode(TyperGroup):
-    """``bench --mode replay ...`` is ``bench run --mode replay ...``; with --parts it is the retrieval benchmark."""
+    """``bench --mode replay ...`` is ``bench run --mode replay ...``; serve is a command of its own."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
-            names = {arg.split("=", 1)[0] for arg in args}
-            args = ["retrieval" if "--parts" in names else "run", *args]
+            words = [word for arg in args for word in arg.split("=", 1)]
+            mode = words[words.index("--mode") + 1 : words.index("--mode") + 2] if "--mode" in words else []
+            if mode == ["serve"]:
+                args = ["serve", *(arg for arg in args if arg not in ("--mode", "serve", "--mode=serve"))]
+            else:
+                args = ["retrieval" if "--parts" in words else "run", *args]
         return super().parse_args(ctx, args)
 
 
@@ -49,6 +52,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("retrieval")(bench)
+app.command()(serve)
 TracesOption = Annotated[
     list[Path] | None, typer.Option("--traces", help="A trace file or folder; may be repeated. None: built-in edits.")
 ]
@@ -83,7 +87,13 @@ def run(
     top_p: Annotated[float, typer.Option("--top-p", help="1: off.")] = 1.0,
     budget: BudgetOption = None,
     warmth: Annotated[str, typer.Option("--warmth", help="cold, self-warmed or warmed.")] = "self-warmed",
-    train: Annotated[list[Path] | None, typer.Option("--train", help="Traces that warmed stores know.")] = None,
+    train: Annotated[
+        list[Path] | None, typer.Option("--train", help="Traces that warmed stores know; default: the other half.")
+    ] = None,
+    train_calls: Annotated[int, typer.Option("--train-calls", min=0, help="Of each source; 0: all.")] = 0,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Measure only the episodes nothing was tuned on.")
+    ] = False,
     calls: Annotated[int, typer.Option("--calls", min=0, help="Of each source; 0: all.")] = 0,
     max_prompt: Annotated[int, typer.Option("--max-prompt", min=0, help="Tokens kept at a prompt's end; 0: all.")] = 0,
     max_response: Annotated[int, typer.Option("--max-response", min=0, help="Tokens of an answer; 0: all.")] = 0,
@@ -98,15 +108,16 @@ def run(
     device: DeviceOption = "auto",
 ) -> None:
     """Time every arm on the same calls in turns; Ctrl-C keeps what there is, --resume goes on."""
-    from specdec.bench.run import BenchOptions, make_workload, run_bench
+    from specdec.bench.run import BenchOptions, make_training, make_workload, run_bench
 
     is_simulated = mode == "simulate"
     options = BenchOptions(
         mode=mode, arms=tuple(filter(None, (arms or _DEFAULT_ARMS[is_simulated]).split(","))),
         rounds=rounds or (1 if is_simulated else 3), budget=budget, warmth=warmth,  # type: ignore[arg-type]
         max_new_tokens=max_new_tokens, calls=calls, max_prompt=max_prompt, max_response=max_response, seed=seed,
-        temperature=temperature, top_p=top_p, concurrency=numbers("concurrency", concurrency, int),
-        keep_rows=not compact, slo_ms=_slo(slo), strict=strict,
+        temperature=temperature, top_p=top_p, held_out=held_out, train_calls=train_calls,
+        concurrency=numbers("concurrency", concurrency, int),
+        keep_rows=not compact, slo_ms=slo_of(slo), strict=strict,
     )  # fmt: skip
     target, words = _target(is_simulated, model, shape, tokenizer, dtype, device)
     helper = None if assistant is None else load_model(assistant, dtype=dtype, device=device).model
@@ -116,7 +127,7 @@ def run(
 
     with printing.status("reading the traces"):
         work = make_workload(traces or [], encode, options, format=format)
-        training = make_workload(train, encode, options, format=format) if train else None
+        training = make_training(train or [], traces or [], encode, options, format=format)
     if work.skips.counts:
         printing.note(f"passed over: {work.skips}")
     with printing.progress() as bar:
@@ -126,38 +137,6 @@ def run(
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     finish(result, out)
-
-
-def finish(result: BenchResult, out: Path) -> None:
-    """Show a result; the exit status says whether it is whole and free of errors."""
-    _show(result)
-    printing.note(f"written to {out}")
-    if result.is_partial:
-        raise typer.Exit(_EXIT_INTERRUPTED)
-    if any(flag.severity == "error" for flag in result.flags):
-        raise typer.Exit(_EXIT_DOUBTFUL)
-
-
-def numbers(name: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
-    """The numbers of a comma-separated option.
-
-    Raises:
-        ConfigError: one is none.
-    """
-    try:
-        return tuple(kind(word) for word in text.split(","))
-    except ValueError:
-        raise ConfigError(f"{name} must be numbers with commas between them, got {text!r}") from None
-
-
-def _slo(text: str | None) -> tuple[float, float] | None:
-    if text is None:
-        return None
-    try:
-        first, further = map(float, text.split(","))
-    except ValueError:
-        raise ConfigError(f"slo must be two numbers of milliseconds, TTFT,TPOT, got {text!r}") from None
-    return first, further
 
 
 def _tokenizer(name: str | None) -> Any:
@@ -196,17 +175,6 @@ def _target(
         return random_target(str(shape), dtype=kind, device=place), words
 
 
-def _show(result: BenchResult) -> None:
-    from specdec.bench.metrics import ALL
-    from specdec.bench.tables import result_table, text_table
-
-    sources = list(dict.fromkeys(summary.source for summary in result.summaries)) or [ALL]
-    for source in [*(s for s in sources if s != ALL and len(sources) > 2), ALL]:
-        printing.text(f"{source}\n{text_table(result_table(result, source=source))}\n")
-    for flag in result.flags:
-        printing.text(f"{flag.severity}: {flag.code}: {flag.message}\n")
-
-
 @app.command()
 def compare(
     first: Annotated[Path, typer.Argument(help="A.json")], second: Annotated[Path, typer.Argument(help="B.json")]
@@ -239,4 +207,4 @@ def report(
     if markdown:
         printing.text(markdown_table(result_table(found)))
     elif html is None:
-        _show(found)
+        show(found)

@@ -22,8 +22,8 @@ _CAPTIONS = {
     "positions were accepted and this one was drafted.",
     "timeline": "Tokens out over time, the calls of the first episode one behind the other. Flat parts read prompts.",
     "cost": "Median forward time by tokens in the step, behind a prompt of the workload's median length.",
-    "break-even": "Accepted tokens per step from which a draft of this size pays: step time over the time of a plain "
-    "step, less one.",
+    "break-even": "The share of its tokens that must be accepted for a draft of this size to pay: what the step costs "
+    "over a plain one, by draft token.",
 }
 
 
@@ -161,12 +161,11 @@ def _break_even(result: BenchResult) -> str:
         return ""
     plain = result.cost_curve[0][1]
     curve = {
-        "needed": [(float(size - 1), max(ms / plain - 1, 0.0)) for size, ms in result.cost_curve],
-        "if all are accepted": [(float(size - 1), float(size - 1)) for size, _ in result.cost_curve],
+        "needed": [
+            (float(size - 1), max(ms / plain - 1, 0.0) / (size - 1)) for size, ms in result.cost_curve if size > 1
+        ]
     }
-    return plots.lines(
-        "Break-even", curve, x_name="draft tokens", y_name="accepted per step", dashed=["if all are accepted"]
-    )
+    return plots.lines("Break-even", curve, x_name="draft tokens", y_name="share of them accepted")
 
 
 def _provenance(result: BenchResult) -> str:
@@ -216,8 +215,9 @@ ul.facts { color: var(--soft) }
 .error b { color: var(--bad) }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
-th, td { padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap }
+th, td { padding: 4px 8px; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap }
 th:first-child { text-align: left }
+thead th { white-space: normal; vertical-align: bottom }
 td.why { text-align: left; color: var(--soft); white-space: normal }
 svg { width: 100%; height: auto; display: block }
 svg text { fill: var(--fg); font-size: 12px; paint-order: stroke; stroke: var(--bg); stroke-width: 3px }

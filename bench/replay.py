@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -21,12 +21,14 @@ from specdec.bench.metrics import make_row
 from specdec.bench.results_schema import Row, StepMark, Warmth
 from specdec.bench.traces import Encode
 from specdec.bench.workload import WorkItem, Workload
-from specdec.errors import ConfigError, SpecdecError
+from specdec.errors import ConfigError, InternalError, SpecdecError
 from specdec.types import IntArray
 
 __all__ = ["Plan", "Run", "run_rounds"]
 
 logger = logging.getLogger(__name__)
+
+_WARM_UP_TOKENS = 16  # enough for every shape that a step can have at first to be met
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,8 +133,12 @@ class _Runner:
     def warm_the_machine(self) -> None:
         """One untimed answer of every arm: first calls compile, allocate and page in."""
         item = min(self.work.items, key=lambda item: len(item.prompt_ids) + len(item.response_ids))
+        job = self._job(0, item)
+        short = replace(job, max_new_tokens=min(job.max_new_tokens, _WARM_UP_TOKENS))
+        if job.forced_ids is not None:
+            short = replace(short, forced_ids=job.forced_ids[:_WARM_UP_TOKENS])
         for arm in list(self.arms):
-            self._attempt(arm, [self._job(0, item)] * arm.concurrency)
+            self._attempt(arm, [short] * arm.concurrency)
 
     def part(self, number: int, source: str, on_step: Callable[[Run], None] | None) -> None:
         """One source of one round."""
@@ -185,7 +191,8 @@ class _Runner:
             self.run.energy_j[arm.name] = self.run.energy_j.get(arm.name, 0.0) + self.meter.stop()
             return done
         except Exception as error:  # whatever a peer raises is its result, and the others go on
-            if arm.kind == "specdec" and not isinstance(error, SpecdecError):
+            is_meant = isinstance(error, SpecdecError) and not isinstance(error, InternalError)
+            if arm.kind == "specdec" and not is_meant:
                 raise  # a bug of ours is not a benchmark result
             self.run.failures[arm.name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             self.run.rows = [row for row in self.run.rows if row.arm != arm.name]

@@ -49,6 +49,7 @@ class BenchOptions:
         warmth: of the stores at the start of a round.
         max_new_tokens: of a live answer.
         calls: of each source; 0 = all.
+        per_episode: calls of each episode, evenly spaced; 0 = all.
         max_prompt: tokens; 0 = all.
         max_response: tokens; 0 = all.
         held_out: measure only the half of the episodes that nothing shipped was chosen on; warmed stores may then learn
@@ -70,6 +71,7 @@ class BenchOptions:
     warmth: Warmth = "self-warmed"
     max_new_tokens: int = 128
     calls: int = 0
+    per_episode: int = 0
     max_prompt: int = 0
     max_response: int = 0
     held_out: bool = False
@@ -107,7 +109,7 @@ def make_workload(paths: Sequence[Path], encode: Encode, options: BenchOptions, 
         ConfigError: no usable call.
     """
     half = 1 if options.held_out else None
-    limits = Limits(options.calls, options.max_prompt, options.max_response, half)
+    limits = Limits(options.calls, options.max_prompt, options.max_response, half, options.per_episode)
     if paths:
         return Workload.from_paths(
             paths, encode, limits, is_strict=options.strict, needs_response=options.mode != "live", format=format
@@ -170,7 +172,7 @@ def run_bench(
         raise ConfigError("warmed stores need training traces")
     if (target is None) != (options.mode == "simulate"):
         raise ConfigError(f"mode {options.mode} needs {'no' if target else 'a'} model")
-    arms = _arms(target, work, options, assistant)
+    arms = _arms(target, [work, *([training] if training else [])], options, assistant)
     with ExitStack() as stack:
         for arm in arms:
             stack.callback(arm.close)
@@ -196,14 +198,14 @@ def run_bench(
     return result
 
 
-def _arms(target: Target | None, work: Workload, options: BenchOptions, assistant: Any) -> list[Arm]:
-    """The arms, the references first."""
+def _arms(target: Target | None, works: Sequence[Workload], options: BenchOptions, assistant: Any) -> list[Arm]:
+    """The arms, the references first; they may say any token of ``works``, the first of which is asked."""
     if target is None:
-        arms = build_simulated_arms(options.arms, _largest_id(work) + 1, budget=options.budget)
+        arms = build_simulated_arms(options.arms, max(map(_largest_id, works)) + 1, budget=options.budget)
     else:
         arms = build_arms(
             options.arms, target.model, budget=options.budget, assistant=assistant, concurrency=options.concurrency,
-            kv_tokens=_room(target, work, options),
+            kv_tokens=_room(target, works, options),
         )  # fmt: skip
     arms.sort(key=lambda arm: _REFERENCES.index(arm.name) if arm.name in _REFERENCES else len(_REFERENCES))
     return arms
@@ -213,8 +215,9 @@ def _largest_id(work: Workload) -> int:
     return max(int(ids.max(initial=0)) for item in work.items for ids in (item.prompt_ids, item.response_ids))
 
 
-def _room(target: Target, work: Workload, options: BenchOptions) -> int:
+def _room(target: Target, works: Sequence[Workload], options: BenchOptions) -> int:
     """Tokens that an engine must hold; says which call is too long for the model."""
+    work = works[0]
     answer = (lambda n: n) if options.mode == "replay" else (lambda _: options.max_new_tokens)
     lengths = [len(item.prompt_ids) + answer(len(item.response_ids)) for item in work.items]
     limit, vocab_size = model_max_length(target.model), target.model.config.get_text_config().vocab_size
@@ -222,7 +225,7 @@ def _room(target: Target, work: Workload, options: BenchOptions) -> int:
         raise ConfigError(
             f"a call of {max(lengths)} tokens is too long for a context of {limit}: set max_prompt and max_response"
         )
-    largest = _largest_id(work)
+    largest = max(map(_largest_id, works))
     if largest >= vocab_size:
         raise ConfigError(
             f"the tokenizer gives token {largest}, but the model has {vocab_size}: take its own tokenizer"

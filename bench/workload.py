@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +28,15 @@ class Limits:
 
     Prompts keep their end, answers their beginning; 0 takes everything. ``half`` takes only the episodes of that half
     (``episode_half``): shipped tables were chosen on half 0, so half 1 is what a drafter has never seen.
+    ``per_episode`` takes only so many calls of an episode, evenly spaced: more episodes, and their middles, at the same
+    cost.
     """
 
     calls: int = 0
     prompt_tokens: int = 0
     response_tokens: int = 0
     half: int | None = None
+    per_episode: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -157,10 +161,12 @@ def fingerprint(source: str, file: Path) -> SourceFile:
 
 
 def _taken(name: str, calls: Iterator[Call], encode: Encode, limits: Limits) -> Iterator[WorkItem]:
-    """Whole episodes until there are enough calls; the last episode may be cut short."""
+    """Episodes until there are enough calls; the last episode may be cut short."""
     cache: dict[str, IntArray] = {}
     trace: str | None = None
     chosen = (call for call in calls if limits.half is None or episode_half(call.trace) == limits.half)
+    if limits.per_episode:
+        chosen = (call for _, episode in groupby(chosen, lambda c: c.trace) for call in _spaced(list(episode), limits))
     for number, call in enumerate(chosen):
         if limits.calls and number >= limits.calls:
             return
@@ -168,6 +174,12 @@ def _taken(name: str, calls: Iterator[Call], encode: Encode, limits: Limits) -> 
             cache.clear()  # a message is tokenized once per episode, however often it is sent
             trace = call.trace
         yield _item(name, call, encode, limits, cache)
+
+
+def _spaced(episode: list[Call], limits: Limits) -> list[Call]:
+    """So many calls from the middles of equal parts of an episode."""
+    count = min(limits.per_episode, len(episode))
+    return [episode[(2 * part + 1) * len(episode) // (2 * count)] for part in range(count)]
 
 
 def _item(name: str, call: Call, encode: Encode, limits: Limits, cache: dict[str, IntArray]) -> WorkItem:

@@ -95,6 +95,7 @@ def run(
         bool, typer.Option("--held-out", help="Measure only the episodes nothing was tuned on.")
     ] = False,
     calls: Annotated[int, typer.Option("--calls", min=0, help="Of each source; 0: all.")] = 0,
+    per_episode: Annotated[int, typer.Option("--per-episode", min=0, help="Calls of an episode; 0: all.")] = 0,
     max_prompt: Annotated[int, typer.Option("--max-prompt", min=0, help="Tokens kept at a prompt's end; 0: all.")] = 0,
     max_response: Annotated[int, typer.Option("--max-response", min=0, help="Tokens of an answer; 0: all.")] = 0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Of a live answer.")] = 128,
@@ -114,7 +115,8 @@ def run(
     options = BenchOptions(
         mode=mode, arms=tuple(filter(None, (arms or _DEFAULT_ARMS[is_simulated]).split(","))),
         rounds=rounds or (1 if is_simulated else 3), budget=budget, warmth=warmth,  # type: ignore[arg-type]
-        max_new_tokens=max_new_tokens, calls=calls, max_prompt=max_prompt, max_response=max_response, seed=seed,
+        max_new_tokens=max_new_tokens, calls=calls, per_episode=per_episode, max_prompt=max_prompt,
+        max_response=max_response, seed=seed,
         temperature=temperature, top_p=top_p, held_out=held_out, train_calls=train_calls,
         concurrency=numbers("concurrency", concurrency, int),
         keep_rows=not compact, slo_ms=slo_of(slo), strict=strict,

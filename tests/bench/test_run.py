@@ -375,6 +375,51 @@ def test_a_sweep_runs_plain_and_drafted_arms_at_every_concurrency(target, traces
         options(concurrency=(0,))
 
 
+def test_warmed_stores_learn_the_half_that_is_not_measured(traces, tmp_path):
+    from specdec.bench.run import make_training
+    from specdec.bench.traces import episode_half
+
+    given = {"mode": "simulate", "arms": ("plain", "suffix"), "rounds": 1}
+    chosen = options(held_out=True, warmth="warmed", **given)
+    file = tmp_path / "many.jsonl"
+    secret = "zyxwvutsrqponmlkjihgfedcba"  # answers repeat each other, and no prompt has them
+    lines = [{"trace": f"e{i}", "prompt": f"say it, {i}", "response": secret} for i in range(12)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    work = make_workload([file], encode, chosen)
+    training = make_training([], [file], encode, chosen)
+    assert {episode_half(item.trace) for item in work.items} == {1}
+    assert {episode_half(item.trace) for item in training.items} == {0}
+    assert len(work.items) + len(training.items) == 12
+    warmed = run_bench(None, work, chosen, training=training)
+    cold = run_bench(None, work, options(held_out=True, warmth="cold", **given))
+    assert min(row.num_accepted for row in warmed.rows if row.arm == "suffix") >= 15
+    assert max(row.num_accepted for row in cold.rows) <= 2
+    assert [arm.warmth for arm in warmed.arms] == ["cold", "warmed"]  # plain knows nothing
+    with pytest.raises(ConfigError, match="held-out ones"):
+        make_training([], [file], encode, options(warmth="warmed"))
+    with pytest.raises(ConfigError, match="are for warmed stores"):
+        make_training([file], [], encode, options())
+
+
+def test_calls_may_be_spread_over_episodes(tmp_path):
+    file = tmp_path / "long.jsonl"
+    lines = [{"trace": f"e{i}", "prompt": f"{i}:{k}", "response": "r"} for i in range(3) for k in range(8)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    taken = make_workload([file], encode, options(per_episode=2, calls=5)).items
+    assert [TOKENIZER.decode(item.prompt_ids) for item in taken] == ["0:2", "0:6", "1:2", "1:6", "2:2"]
+
+
+def test_a_bug_of_a_drafter_is_no_result(target, traces, monkeypatch):
+    from specdec.errors import InternalError
+
+    def broken(self, jobs):
+        raise InternalError("a broken invariant")
+
+    monkeypatch.setattr(EngineArm, "run", broken)
+    with pytest.raises(InternalError):
+        run_bench(target, make_workload([traces], encode, options()), options(arms=("plain",)))
+
+
 def test_without_traces_the_work_is_made_of_this_machines_standard_library():
     chosen = options(mode="simulate", arms=("plain", "ngram"), calls=3, rounds=1, max_response=80)
     work = make_workload([], encode, chosen)

@@ -18,7 +18,7 @@ from typing import Any
 
 __all__ = ["environment", "interleave", "median_and_spread", "write_json"]
 
-_PACKAGES = ("torch", "transformers", "numpy", "numba", "triton")
+_PACKAGES = ("torch", "transformers", "numpy", "numba", "triton", "arctic-inference")
 
 
 def environment() -> dict[str, Any]:

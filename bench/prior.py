@@ -20,8 +20,8 @@ from specdec.suffix_tree.prior import Prior, untrained_prior
 __all__ = ["take_tokens", "train_prior"]
 
 # What a cell passes on counts as at most so many outcomes: enough to start well, little enough to move to new traffic.
-COUNT_LIMIT = 20.0
-_CARRIED = 60.0  # the same from one source to the next during training
+COUNT_LIMIT = 60.0
+_CARRIED = 250.0  # the same from one source to the next during training
 
 
 def take_tokens(calls: Iterable[TokenCall], max_response_tokens: int) -> list[TokenCall]:

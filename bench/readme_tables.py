@@ -83,7 +83,47 @@ def _plain_speed(root: Path) -> str:
     return "\n".join(rows) + "\n\n" + _source("plain_speed", result)
 
 
-_TABLES: Mapping[str, Callable[[Path], str]] = {"demo": _demo, "plain_speed": _plain_speed}
+def _retrieval(root: Path) -> str:
+    rows = [
+        "| tokenizer | drafts | drafted a step | arctic-inference accepts | `suffix` accepts | gain | held-out half |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in ("retrieval", "retrieval_large_vocabulary"):
+        result = _load(root, name)
+        for setting, arms in result["quality"].items():
+            found = arms["arctic-inference"]["all"]
+            rows.append(
+                f"| {result['vocabulary']} tokens | {setting} | {found['drafted_per_step']:.1f} "
+                f"| {found['accepted_per_step']:.3f} | {found['ours_accepted_per_step']:.3f} "
+                f"| {found['gain_percent']:+.1f} % "
+                f"| {arms['arctic-inference']['held-out half']['gain_percent']:+.1f} % |"
+            )
+    result = _load(root, "retrieval")
+    host, prompt, scaling = result["host"], result["prompt"], result["scaling"]
+    rows += ["", "| cost on the host | arctic-inference | `suffix` | times less |", "|---|---|---|---|"]
+    rows += [
+        _cost(f"a step of one request, {width} at a time, us", host[width]["arctic"], host[width]["ours"])
+        for width in ("1", "32", "128")
+    ]
+    rows.append(_cost("a prompt token, us", host["1"]["arctic prompt"], host["1"]["ours prompt"]))
+    key = "stop_stall_ms"
+    longest = {arm: max(prompt[arm][key], prompt[arm]["start_stall_ms"]) for arm in ("arctic", "ours")}
+    rows.append(
+        _cost(f"longest stall by a prompt of {prompt['tokens']} tokens, ms", longest["arctic"], longest["ours"])
+    )
+    for label, key in (("memory of a cached token, bytes", "bytes_per_token"),
+                       ("eviction of a response, us", "evict_ms_per_response")):  # fmt: skip
+        scale = 1e3 if key.startswith("evict") else 1.0
+        least = min(range(len(scaling["ours"])), key=lambda i: scaling["arctic"][i][key] / scaling["ours"][i][key])
+        rows.append(_cost(label, scale * scaling["arctic"][least][key], scale * scaling["ours"][least][key]))
+    return "\n".join(rows) + "\n\n" + _source("retrieval", result)
+
+
+def _cost(what: str, peer: float, ours: float) -> str:
+    return f"| {what} | {peer:.3g} | {ours:.3g} | {f'{peer / ours:.3g}' if ours else ''} |"
+
+
+_TABLES: Mapping[str, Callable[[Path], str]] = {"demo": _demo, "plain_speed": _plain_speed, "retrieval": _retrieval}
 
 
 def main() -> None:

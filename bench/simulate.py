@@ -8,15 +8,17 @@ which is slightly against it, as the curve is concave.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from specdec.bench.peers import ArcticOptions, arctic_cache, replay_arctic
+from specdec.bench.simulate_kept import ArmCounts, load_counts, name_of, save_counts
 from specdec.bench.traces import TokenCall, episode_half
 from specdec.suffix_tree.cache import SuffixCache
 from specdec.suffix_tree.suffix_decoding import CountingDrafts, ReferenceSuffixDecoding
@@ -36,8 +38,8 @@ __all__ = [
 Sources = Mapping[str, Sequence[TokenCall]]
 # Per source, one row per call: steps, accepted draft tokens, draft tokens.
 Counts = dict[str, npt.NDArray[np.int64]]
-_PATHS = (0.6, 0.45, 0.35, 0.27, 0.2, 0.15, 0.11, 0.08, 0.055, 0.04, 0.027, 0.018, 0.012)
-_TREES = (0.2, 0.14, 0.1, 0.07, 0.05, 0.037, 0.027, 0.02, 0.014)
+_PATHS = (0.75, 0.6, 0.48, 0.39, 0.31, 0.25, 0.2, 0.16, 0.11, 0.075, 0.05, 0.033, 0.022, 0.014, 0.008, 0.004)
+_TREES = (0.2, 0.14, 0.1, 0.07, 0.05, 0.035, 0.025, 0.018, 0.012, 0.008)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,34 +102,54 @@ def thresholds(as_tree: bool) -> tuple[float, ...]:
     return _TREES if as_tree else _PATHS
 
 
-def run_source(
-    calls: Sequence[TokenCall], with_peer: bool, with_reference: bool
-) -> dict[tuple[str, str], npt.NDArray[np.int64]]:
-    """All arms over one source: (arm, setting) -> one row per call of steps, accepted tokens, draft tokens."""
-    found: dict[tuple[str, str], npt.NDArray[np.int64]] = {}
-    for setting in SETTINGS:
-        if with_peer:
-            found["arctic-inference", setting.name] = run_peer(calls, setting)
-        if with_reference:
-            found["SuffixDecoding reference", setting.name] = run_reference(calls, setting)
-    for as_tree in (False, True):
-        for threshold in thresholds(as_tree):
-            found["ours", f"{as_tree} {threshold}"] = run_ours(calls, threshold=threshold, as_tree=as_tree)
-    return found
+def run_source(calls: Sequence[TokenCall], part: str) -> ArmCounts:
+    """The arms of "peer", "reference" or "ours" over one source: one row per call of steps, accepted, drafted."""
+    if part == "ours":
+        return {
+            ("ours", f"{as_tree} {threshold}"): run_ours(calls, threshold=threshold, as_tree=as_tree)
+            for as_tree in (False, True)
+            for threshold in thresholds(as_tree)
+        }
+    run = run_peer if part == "peer" else run_reference
+    arm = "arctic-inference" if part == "peer" else "SuffixDecoding reference"
+    return {(arm, setting.name): run(calls, setting) for setting in SETTINGS}
 
 
 def run_sources(
-    sources: Sources, *, with_peer: bool, with_reference: bool, jobs: int, on_done: Callable[[str], None]
+    sources: Sources, *, parts: Iterable[str], jobs: int, kept: Path | None, on_done: Callable[[str], None]
 ) -> dict[tuple[str, str], Counts]:
-    """``run_source`` over all sources, the largest first, in ``jobs`` processes."""
+    """``run_source`` over all sources, the largest first, in ``jobs`` processes.
+
+    Args:
+        sources: calls by source.
+        parts: of "peer", "reference" and "ours".
+        jobs: processes.
+        kept: a folder whose counts are taken instead of made again, and to which new ones go; None: neither.
+        on_done: told each source and part that is done.
+    """
     found: dict[tuple[str, str], Counts] = {}
+
+    def note(source: str, part: str, counts: ArmCounts) -> None:
+        for arm, rows in counts.items():
+            found.setdefault(arm, {})[source] = rows
+        on_done(f"{part} of {source}")
+
     order = sorted(sources, key=lambda name: -sum(len(c.prompt_ids) + 9 * len(c.response_ids) for c in sources[name]))
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        tasks = {pool.submit(run_source, sources[name], with_peer, with_reference): name for name in order}
+        tasks = {}
+        for source in order:
+            for part in parts:
+                name = name_of(part, f"{SETTINGS} {_PATHS} {_TREES}", sources[source]) if kept is not None else ""
+                counts = load_counts(kept, name) if kept is not None else None
+                if counts is not None:
+                    note(source, part, counts)
+                else:
+                    tasks[pool.submit(run_source, sources[source], part)] = (source, part, name)
         for task in as_completed(tasks):
-            for arm, rows in task.result().items():
-                found.setdefault(arm, {})[tasks[task]] = rows
-            on_done(tasks[task])
+            source, part, name = tasks[task]
+            if kept is not None:
+                save_counts(kept, name, task.result())
+            note(source, part, task.result())
     return found
 
 

@@ -22,8 +22,8 @@ _HOST_CALLS = 6  # calls per source in the timings
 _HOST_PROMPT = 8_000
 
 
-def load_encoder(name: str) -> Encode:
-    """Text to token ids with a ``tokenizer.json``, or with a tokenizer directory or hub name.
+def load_encoder(name: str) -> tuple[Encode, int]:
+    """Text to token ids with a ``tokenizer.json``, or a tokenizer directory or hub name; and the vocabulary's size.
 
     Raises:
         LoadError: there is no such tokenizer.
@@ -36,13 +36,13 @@ def load_encoder(name: str) -> Encode:
             from tokenizers import Tokenizer
 
             fast = Tokenizer.from_file(str(path))
-            return lambda text: fast.encode(text, add_special_tokens=False).ids
+            return lambda text: fast.encode(text, add_special_tokens=False).ids, fast.get_vocab_size()
         from transformers import AutoTokenizer
 
         slow = AutoTokenizer.from_pretrained(name)
     except Exception as error:
         raise LoadError(f"cannot load the tokenizer {name!r}: {error}") from error
-    return lambda text: slow.encode(text, add_special_tokens=False)
+    return lambda text: slow.encode(text, add_special_tokens=False), len(slow)
 
 
 def load_sources(
@@ -75,17 +75,20 @@ def run_simulation(
     max_prompt_tokens: int,
     passes: int,
     jobs: int,
+    kept: Path | None,
     with_peer: bool,
     on_progress: Callable[[str], None],
 ) -> dict[str, Any]:
     """Everything asked for, as one result that JSON can hold."""
-    encode = load_encoder(tokenizer)
+    encode, vocabulary = load_encoder(tokenizer)
+    paths = [file for path in paths for file in (sorted(path.glob("*.jsonl*")) if path.is_dir() else [path])]
     on_progress("reading traces")
     sources = load_sources(paths, encode, max_response_tokens=max_response_tokens, max_prompt_tokens=max_prompt_tokens)
     missing = _peer_error(with_peer)
     result: dict[str, Any] = {
         "mode": "simulate",
         "tokenizer": Path(tokenizer).name,
+        "vocabulary": vocabulary,
         "max_response_tokens": max_response_tokens,
         "max_prompt_tokens": max_prompt_tokens,
         "peer": "arctic-inference" if missing is None else f"left out: {missing}",
@@ -100,7 +103,7 @@ def run_simulation(
         },
     }
     if "quality" in parts or "reference" in parts:
-        result["quality"] = _quality(sources, parts, missing is None, jobs, on_progress)
+        result["quality"] = _quality(sources, parts, missing is None, jobs, kept, on_progress)
     calls = [call for source in sources.values() for call in _shortened(source[:_HOST_CALLS])]
     if "host" in parts:
         on_progress("host time per request-step")
@@ -109,16 +112,18 @@ def run_simulation(
             **simulate_speed.host_time(calls, [1], passes=passes, with_peer=missing is None),
             **simulate_speed.host_time(wide, [32, 128], passes=passes, with_peer=missing is None),
         }
-    text = np.concatenate([ids for source in sources.values() for call in source for ids in (call.response_ids,)])
+    text = np.concatenate([call.response_ids for source in sources.values() for call in source])
     if "prompt" in parts:
         on_progress("a prompt of 128 thousand tokens")
         long = np.resize(text, 128_000).astype(np.int32)
         result["prompt"] = simulate_speed.long_prompt(long, passes=passes, with_peer=missing is None)
     if "scaling" in parts:
         on_progress("caches from 0.25 to 4 million tokens")
-        prompts = np.concatenate([text, *(call.prompt_ids for source in sources.values() for call in source[::5])])
-        sizes = [size for size in (250_000, 1_000_000, 4_000_000) if size <= len(prompts)]
-        result["scaling"] = simulate_speed.cache_scaling(prompts, sizes, with_peer=missing is None)
+        # The last prompt of an episode holds the earlier ones: each text once, as a cache of responses would see it.
+        last = {call.trace: call.prompt_ids for source in sources.values() for call in source}
+        varied = np.concatenate([text, *last.values()])
+        sizes = [size for size in (250_000, 1_000_000, 4_000_000) if size <= len(varied)]
+        result["scaling"] = simulate_speed.cache_scaling(varied, sizes, with_peer=missing is None)
     return result
 
 
@@ -134,20 +139,16 @@ def _quality(
     parts: Sequence[str],
     has_peer: bool,
     jobs: int,
+    kept: Path | None,
     on_progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    left = set(sources)
-
-    def on_done(name: str) -> None:
-        left.discard(name)
-        on_progress(f"quality: {len(left)} sources left")
-
+    arms = ["ours"]
+    if has_peer and "quality" in parts:
+        arms.append("peer")
+    if "reference" in parts or not has_peer:
+        arms.append("reference")
     runs = simulate.run_sources(
-        sources,
-        with_peer=has_peer and "quality" in parts,
-        with_reference="reference" in parts or not has_peer,
-        jobs=jobs,
-        on_done=on_done,
+        sources, parts=arms, jobs=jobs, kept=kept, on_done=lambda name: on_progress(f"quality: {name} is done")
     )
     found: dict[str, Any] = {}
     for setting in simulate.SETTINGS:

@@ -49,7 +49,7 @@ def _ours_one(calls: Sequence[TokenCall], width: int = 1) -> Times:
             stop = min(at + right + 1, len(truth))
             new, at, steps = response[at:stop], stop, steps + 1
         begin = clock()
-        cache.extend([number], [new])
+        cache.advance(number, new, budget=0, threshold=_THRESHOLD, as_tree=False)
         cache.finish(number)
         del live
         spent.append(clock() - begin)
@@ -257,6 +257,7 @@ def cache_scaling(text: IntArray, sizes: Sequence[int], *, response: int = 1500,
     """Fill a cache with responses of ``response`` tokens: cost of insertion, look-up, eviction and memory by size."""
     result: dict[str, Any] = {"ours": [], "arctic": []}
     ours = SuffixCache(max_bytes=1 << 30)
+    ours.warmup()
     peer = arctic_cache() if with_peer else None
     held = 0
     for size in sizes:
@@ -285,7 +286,7 @@ def _fill_ours(cache: SuffixCache, pieces: list[IntArray], held: int, text: IntA
         cache.advance(("probe", n), np.empty(0, np.int32), budget=64, threshold=_THRESHOLD, as_tree=False)
         looks.append(clock() - begin)
         cache.finish(("probe", n))
-    nbytes, tokens = index.nbytes, index.num_tokens
+    nbytes, tokens = index.nbytes + index.table_nbytes, index.num_tokens
     evicted = list(index.responses)[:100]
     begin = clock()
     for key in evicted:

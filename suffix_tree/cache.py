@@ -248,8 +248,10 @@ class SuffixCache:
             live = self._live.get(request_id)
             if live is None:
                 raise ValueError(f"request {request_id!r} is not active")
-            self._table.make_room((live,), (len(new_ids),))
-            live.count = step_one(live.row, new_ids, budget, threshold, as_tree)
+            new = len(new_ids)
+            if new:
+                self._table.make_room_for(live, new)
+            live.count = step_one(live.address, new_ids, budget, threshold, as_tree)
             return live
 
     def match_length(self, request_id: Hashable) -> int:

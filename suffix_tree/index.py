@@ -29,6 +29,7 @@ _PAGE_FIELDS = (at.X_PAGE_NEXT, at.X_PAGE_PREV, at.X_PAGE_OWNER, at.X_FREE, at.X
 BYTES_PER_PAGE = at.PAGE_SIZE * (4 + 4 * at.NUM_ORDERS + 4 * at.NUM_ORDERS // _POSITIONS_PER_BUCKET) + 4 * len(
     _PAGE_FIELDS
 )
+_TABLES = (at.X_PROBS, at.X_STRETCHED, at.X_COUNTS, at.X_WEIGHTS)
 _COUNTERS = (
     at.X_NUM_FREE, at.X_NUM_PAGES, at.X_NUM_BUCKETS, at.X_BUCKET_MASK, at.X_NUM_POSITIONS, at.X_NUM_RECYCLED, at.X_TICK,
 )  # fmt: skip
@@ -83,10 +84,9 @@ class SuffixIndex:
         self._reserve(at.X_HEADS, (positions // _POSITIONS_PER_BUCKET + _FIRST_BUCKETS + 1) * at.NUM_ORDERS)
         for field in _PAGE_FIELDS:
             self._reserve(field, max_pages)
-        for field, size in ((at.X_PROBS, NUM_TABLE_CELLS), (at.X_STRETCHED, NUM_TABLE_CELLS),
-                            (at.X_COUNTS, NUM_TABLE_CELLS), (at.X_WEIGHTS, NUM_WEIGHTS)):  # fmt: skip
-            self._reserve(field, size)
-        prior.write(*(self.table(field) for field in (at.X_PROBS, at.X_STRETCHED, at.X_COUNTS, at.X_WEIGHTS)))
+        for field in _TABLES:
+            self._reserve(field, NUM_WEIGHTS if field == at.X_WEIGHTS else NUM_TABLE_CELLS)
+        prior.write(*(self.table(field) for field in _TABLES))
         self.header[at.X_MAX_PAGES] = max_pages
         self.header[at.X_NUM_PAGES] = 1
         self.header[at.X_NUM_BUCKETS] = _FIRST_BUCKETS
@@ -128,6 +128,11 @@ class SuffixIndex:
         x = self.header
         per_page = at.PAGE_SIZE * 4 * (1 + at.NUM_ORDERS) + 4 * len(_PAGE_FIELDS)
         return int(x[at.X_NUM_PAGES] - 1) * per_page + int(x[at.X_NUM_BUCKETS]) * 4 * at.NUM_ORDERS
+
+    @property
+    def table_nbytes(self) -> int:
+        """Bytes of the calibration tables: a fixed amount per tenant, beside ``nbytes`` and its bound."""
+        return sum(self._arrays[field].nbytes for field in _TABLES)
 
     @property
     def responses(self) -> Mapping[Hashable, int]:

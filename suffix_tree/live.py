@@ -39,7 +39,7 @@ class Live:
     record: Int32Array
     draft: Int32Array  # [MAX_DRAFT, RECORD_WIDTH]: the record's nodes
     values: npt.NDArray[np.float32]  # [MAX_DRAFT]
-    row: Int64Array  # of the table
+    address: int  # of the row
     count: int = 0  # nodes of the draft that `SuffixCache.advance` made last
 
 
@@ -78,7 +78,7 @@ class LiveTable:
             self.rows = np.concatenate([self.rows, np.zeros_like(self.rows)])
             self._free_slots = list(range(slots, 2 * slots))[::-1]
             for other in self._lives.values():
-                other.row = self.rows[other.slot]
+                other.address = address_of(self.rows[other.slot])
         capacity = len(prompt) + (len(prompt) >> 2) + 256
         num_buckets = 1 << max(8, capacity.bit_length() - 1)
         slot = self._free_slots.pop()
@@ -88,7 +88,7 @@ class LiveTable:
             np.empty(capacity + 2, np.int32), np.empty((capacity + 2) * at.NUM_ORDERS, np.int32),
             np.zeros(num_buckets * at.NUM_ORDERS, np.int32), record,
             record[: at.D_VALUES].reshape(at.MAX_DRAFT, at.RECORD_WIDTH),
-            record[at.D_VALUES :].view(np.float32), self.rows[slot],
+            record[at.D_VALUES :].view(np.float32), address_of(self.rows[slot]),
         )  # fmt: skip
         live.tokens[0] = _START_TOKEN
         live.tokens[1] = at.WIPED
@@ -141,7 +141,11 @@ class LiveTable:
     def make_room(self, batch: Sequence[Live], lengths: Sequence[int]) -> None:
         """Make sure that ``lengths[i]`` more tokens fit into request i's buffers and into its index."""
         for live, length in zip(batch, lengths, strict=True):
-            if live.room < length:
-                self._grow(live, length)
-            live.room -= length
-            live.index.make_room((length >> at.PAGE_BITS) + 1)
+            self.make_room_for(live, length)
+
+    def make_room_for(self, live: Live, length: int) -> None:
+        """``make_room`` for one request."""
+        if live.room < length:
+            self._grow(live, length)
+        live.room -= length
+        live.index.make_room((length >> at.PAGE_BITS) + 1)

@@ -23,6 +23,7 @@ from numba import carray, config, njit, types
 from numba.extending import intrinsic
 
 __all__ = [
+    "SOURCES_DIGEST",
     "Int32Array",
     "Int64Array",
     "address_of",
@@ -41,14 +42,15 @@ _SPAN = 1 << 30  # nominal length of a view by address: the kernels keep their o
 _MAP_FIXED = 0x10  # Linux and macOS; not exported by the mmap module
 
 
-def _fingerprint() -> str:
+def _digest() -> str:
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
+    for file in sorted(Path(__file__).parent.iterdir()):
+        if file.suffix in (".py", ".npz"):
+            digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 
 
-_SOURCES = _fingerprint()
+SOURCES_DIGEST = _digest()  # of this package, its trained tables included
 
 
 def kernel(function: _Function) -> _Function:
@@ -60,7 +62,7 @@ def kernel(function: _Function) -> _Function:
     With ``NUMBA_DISABLE_JIT=1`` the function stays Python, with hash arithmetic allowed to wrap as in machine code.
     """
     if not config.DISABLE_JIT:
-        function.__qualname__ = f"{function.__qualname__}_{_SOURCES}"
+        function.__qualname__ = f"{function.__qualname__}_{SOURCES_DIGEST}"
         compiled: _Function = njit(nogil=True, cache=True, error_model="numpy")(function)
         return compiled
 

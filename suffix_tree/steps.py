@@ -108,8 +108,12 @@ def step_batch(
 
 
 @kernel
-def step_one(row: Int64Array, new: Int32Array, budget: int, threshold: float, as_tree: bool) -> int:
-    """``step_batch`` for one request: few arguments, as each costs time in a call. Returns the number of nodes."""
+def step_one(address: int, new: Int32Array, budget: int, threshold: float, as_tree: bool) -> int:
+    """``step_batch`` for the request whose row is at ``address``; returns the number of nodes.
+
+    Each argument costs time in a call, an array most.
+    """
+    row = int64_at(address)
     if new.shape[0] > 0:
         _extend(row, new, 0, new.shape[0])
     return _draft(row, budget, threshold, as_tree)

@@ -15,7 +15,8 @@ __all__ = ["bench"]
 
 def bench(
     traces: Annotated[
-        list[Path], typer.Option("--traces", "-t", help="Trace files (.jsonl, .jsonl.gz); may be repeated.")
+        list[Path],
+        typer.Option("--traces", "-t", help="Trace files (.jsonl, .jsonl.gz) or folders of them; may be repeated."),
     ],
     tokenizer: Annotated[
         str, typer.Option("--tokenizer", help="tokenizer.json, or a directory or hub name with a tokenizer.")
@@ -34,6 +35,10 @@ def bench(
     ] = 24_000,
     passes: Annotated[int, typer.Option("--passes", min=1, help="Passes of each timing; the least counts.")] = 3,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes for the quality part; timings use one.")] = 1,
+    kept: Annotated[
+        Path | None,
+        typer.Option("--kept", help="Folder for counts of the quality part: what is there is not run again."),
+    ] = None,
     peer: Annotated[bool, typer.Option("--peer/--no-peer", help="Also run arctic-inference, where installed.")] = True,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the result here, as JSON.")] = None,
 ) -> None:
@@ -60,6 +65,7 @@ def bench(
             max_prompt_tokens=max_prompt_tokens,
             passes=passes,
             jobs=jobs,
+            kept=kept,
             with_peer=peer,
             on_progress=lambda what: bar.update(task, description=what),
         )

@@ -80,7 +80,7 @@ def build(
 
     if shared and tenant:
         raise ConfigError(f"give --shared or --tenant, not both, got tenant {tenant!r}")
-    encode = load_encoder(tokenizer)
+    encode, _ = load_encoder(tokenizer)
     store = RetrievalStore.load(out, max_bytes=max_bytes) if out.exists() else RetrievalStore(max_bytes=max_bytes)
     count = tokens = 0
     for path in files:

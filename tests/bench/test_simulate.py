@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from specdec.bench.peers import arctic_cache, replay_arctic
 from specdec.bench.prior import take_tokens, train_prior
-from specdec.bench.simulate import SETTINGS, compare, run_ours, run_reference
+from specdec.bench.simulate import SETTINGS, compare, run_ours, run_reference, run_sources
 from specdec.bench.simulate_speed import cache_scaling, host_time, long_prompt
 from specdec.bench.traces import TokenCall
 from specdec.cli import app
@@ -45,6 +45,26 @@ def test_arms_are_compared_at_equal_drafts():
     assert set(found) == {"all", "tuned half", "held-out half", "sources"}
     assert set(found["sources"]) == {"a", "b"}
     assert compare(work, base, [base])["all"]["gain_percent"] == pytest.approx(0)
+
+
+def test_kept_counts_are_taken_only_for_the_same_work(tmp_path):
+    done: list[str] = []
+
+    def run(sources):
+        done.clear()
+        return run_sources(sources, parts=("ours",), jobs=1, kept=tmp_path, on_done=done.append)
+
+    first = run({"a": calls(4)})
+    (file,) = tmp_path.glob("ours-*.npz")
+    written = file.stat().st_mtime_ns
+    again = run({"a": calls(4)})
+    assert done == ["ours of a"]
+    assert file.stat().st_mtime_ns == written
+    assert {arm: counts["a"].tolist() for arm, counts in first.items()} == {
+        arm: counts["a"].tolist() for arm, counts in again.items()
+    }
+    run({"a": calls(6)})
+    assert len(list(tmp_path.glob("ours-*.npz"))) == 2
 
 
 def test_the_reference_drafts_what_counts_say():

@@ -98,7 +98,8 @@ def _retrieval(root: Path) -> str:
                 f"| {found['gain_percent']:+.1f} % "
                 f"| {arms['arctic-inference']['held-out half']['gain_percent']:+.1f} % |"
             )
-    result = _load(root, "retrieval")
+    sources = _source("retrieval", _load(root, "retrieval"))
+    result = _load(root, "retrieval_speed")
     host, prompt, scaling = result["host"], result["prompt"], result["scaling"]
     rows += ["", "| cost on the host | arctic-inference | `suffix` | times less |", "|---|---|---|---|"]
     rows += [
@@ -116,7 +117,7 @@ def _retrieval(root: Path) -> str:
         scale = 1e3 if key.startswith("evict") else 1.0
         least = min(range(len(scaling["ours"])), key=lambda i: scaling["arctic"][i][key] / scaling["ours"][i][key])
         rows.append(_cost(label, scale * scaling["arctic"][least][key], scale * scaling["ours"][least][key]))
-    return "\n".join(rows) + "\n\n" + _source("retrieval", result)
+    return "\n".join(rows) + "\n\n" + sources + _source("retrieval_speed", result)
 
 
 def _cost(what: str, peer: float, ours: float) -> str:

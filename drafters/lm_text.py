@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from specdec.drafters.draft_model import DraftModel, Growth
+from specdec.drafters.draft_model import DraftModel
+from specdec.drafters.growing import Growth
 from specdec.errors import ConfigError
 from specdec.protocols import DrafterNeeds
 from specdec.types import DraftTree, IntArray, RequestState, StepEvent

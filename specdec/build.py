@@ -14,6 +14,7 @@ from specdec.chain_target import ChainTarget
 from specdec.config import EngineConfig
 from specdec.controller import BackoffController, FixedController
 from specdec.drafters.checkpoint import CheckpointDrafter, Loader, parse_name
+from specdec.drafters.eagle_loading import load_eagle
 from specdec.drafters.lm_loading import load_lm
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.ngram import NgramDrafter
@@ -62,7 +63,7 @@ DRAFTERS: Mapping[str, Callable[..., Drafter]] = {
 }
 
 # Kind -> loader of ``KIND:PATH``; options after ``?`` are the loader's keyword arguments.
-CHECKPOINT_DRAFTERS: Mapping[str, Loader] = {"lm": load_lm}
+CHECKPOINT_DRAFTERS: Mapping[str, Loader] = {"eagle": load_eagle, "lm": load_lm}
 VERIFIERS = ("match", *RULES, "typical")
 
 _DEFAULT_MAX_LENGTH = 32_768  # for models that state no limit, such as recurrent ones
@@ -128,22 +129,31 @@ def model_max_length(model: PreTrainedModel) -> int:
     return int(stated) if stated else _DEFAULT_MAX_LENGTH
 
 
-def build_target(model: PreTrainedModel, config: EngineConfig, *, route: Route | None = None) -> TargetModel:
+def build_target(
+    model: PreTrainedModel,
+    config: EngineConfig,
+    *,
+    route: Route | None = None,
+    hidden_layers: tuple[int, ...] = (),
+) -> TargetModel:
     """The target for ``model`` on the best path that it can take.
 
     Args:
         model: a causal LM in evaluation mode, its RoPE frozen where that is needed.
         config: limits.
         route: what ``choose_route`` found before; None: it is asked now.
+        hidden_layers: whose states a drafter reads; only the tree path gives them.
 
     Raises:
-        UnsupportedError: no path can serve this model.
+        UnsupportedError: no path can serve this model, or not with hidden states.
     """
     max_length = config.max_length or model_max_length(model)
     _require_one_device(model)
     route = route or choose_route(model, max_length=max_length)
     if route.kind == "refused":
         raise UnsupportedError(f"{type(model).__name__} cannot be served: {' '.join(route.reasons)}")
+    if hidden_layers and route.kind != "tree":
+        raise UnsupportedError(f"the drafter reads hidden states, which need the tree path: {' '.join(route.reasons)}")
     num_drafts = _MAX_CHAIN if route.can_draft else 0
     if config.numerics == "strict":
         require_strict_path(route)
@@ -161,6 +171,7 @@ def build_target(model: PreTrainedModel, config: EngineConfig, *, route: Route |
         max_batch_size=config.max_batch_size,
         max_step_tokens=config.max_prefill_tokens,
         is_strict=config.numerics == "strict",
+        hidden_layers=hidden_layers,
     )
 
 
@@ -250,7 +261,7 @@ def build_engine(
         unpack_linears(model, holder)
 
     try:
-        target = build_target(model, config, route=route)
+        target = build_target(model, config, route=route, hidden_layers=guesser.needs.hidden_layers)
         if config.numerics == "strict":
             pack_linears(model, holder, strict=True)
             require_same_bits(target)

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from specdec.config import EngineConfig
 from specdec.errors import InternalError, RequestError, UnsupportedError
@@ -67,7 +68,8 @@ class Engine:
         observers: Sequence[Observer] = (),
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        if drafter.needs.hidden_layers:
+        wanted = drafter.needs.hidden_layers
+        if wanted and wanted != getattr(target, "hidden_layers", ()):
             raise UnsupportedError(f"{type(drafter).__name__} reads hidden states, which this target does not give")
         _check_pair(verifier, drafter)
         self.target = target
@@ -186,7 +188,7 @@ class Engine:
         decoding = [chunk for chunk in chunks if chunk.tree is not None]
         results = self._verify(decoding, output)
         times.append(perf_counter())
-        emitted = self._commit(chunks, decoding, results, outputs)
+        emitted = self._commit(chunks, decoding, results, output, outputs)
         times.append(perf_counter())
         events = _events(decoding, output, results, emitted, times)
         observers: tuple[Controller | Drafter | Observer, ...] = (self.controller, self.drafter, *self.observers)
@@ -206,6 +208,8 @@ class Engine:
             for budget, state in zip(budgets, states, strict=True)
         ]
         trees = self.drafter.propose(states, limits)
+        for state in states:
+            state.hidden = None
         self._check_trees(states, trees, limits)
         if not self.target.supports_trees:
             trees = [tree.to_chain() for tree in trees]
@@ -246,6 +250,7 @@ class Engine:
         chunks: Sequence[Chunk],
         decoding: Sequence[Chunk],
         results: Sequence[VerifyResult],
+        output: TargetOutput,
         outputs: list[RequestOutput],
     ) -> list[IntArray]:
         """Cut each result at its first stop, keep the KV of what stays, append the tokens; what each request got."""
@@ -265,6 +270,7 @@ class Engine:
         self.target.commit(chunks, kept)
         for chunk, nodes in zip(chunks, kept, strict=True):
             chunk.state.num_cached += len(chunk.prefix_ids) + len(nodes)
+        _hand_on_hidden(chunks, kept, output)
         for chunk, result, (ids, reason) in zip(decoding, results, emitted, strict=True):
             state = chunk.state
             self.verifier.commit(state, ids)
@@ -305,6 +311,20 @@ class Engine:
             raise RequestError(
                 f"one request must fit the KV pool, but this one may need {needed} tokens: raise kv_tokens"
             )
+
+
+def _hand_on_hidden(chunks: Sequence[Chunk], kept: Sequence[Sequence[int]], output: TargetOutput) -> None:
+    """Give each request the target's states at the tokens that were just cached, behind those it has not read yet."""
+    if output.query_hidden is None:
+        return
+    start = 0
+    for chunk, nodes in zip(chunks, kept, strict=True):
+        num_prefix = len(chunk.prefix_ids)
+        rows = [*range(start, start + num_prefix), *(start + num_prefix + node for node in nodes)]
+        new = output.query_hidden[rows]
+        unread = chunk.state.hidden
+        chunk.state.hidden = new if unread is None else torch.cat((unread, new))
+        start += chunk.num_tokens
 
 
 def _check_pair(verifier: Verifier, drafter: Drafter) -> None:

@@ -132,3 +132,4 @@ class Scheduler:
         """Drop a request's KV; its tokens stay and will be cached again."""
         self._target.release(state)
         state.num_cached = 0
+        state.hidden = None

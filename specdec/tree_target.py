@@ -55,6 +55,7 @@ class TreeTarget:
         max_step_tokens: most query tokens of one step.
         is_strict: attention gives a query the same bits whatever else is in the step; for models on the CPU whose
             attention has no soft-cap, no sinks, and values as wide as keys.
+        hidden_layers: whose states a drafter reads, as indices into ``output_hidden_states``.
 
     Raises:
         ConfigError: a size is below 1, or the model is in training mode.
@@ -73,6 +74,7 @@ class TreeTarget:
         max_batch_size: int,
         max_step_tokens: int,
         is_strict: bool = False,
+        hidden_layers: tuple[int, ...] = (),
     ) -> None:
         if model.training:
             raise ConfigError("the model must be in evaluation mode: call model.eval() first, or dropout would act")
@@ -89,6 +91,7 @@ class TreeTarget:
         self.calls = tuple(calls)
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self.max_length = max_length
+        self.hidden_layers = hidden_layers
         self.device = model.device
         self.dtype = _kv_dtype(model)
         self.pool = KVPool(
@@ -128,8 +131,8 @@ class TreeTarget:
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> TargetOutput:
         batch = _flatten(chunks)
-        logits = self.run(batch.layouts, batch.input_ids, batch.positions, batch.tree_rows)
-        return TargetOutput(logits=logits, cu_nodes=batch.cu_nodes)
+        logits, hidden = self.run(batch.layouts, batch.input_ids, batch.positions, batch.tree_rows)
+        return TargetOutput(logits=logits, cu_nodes=batch.cu_nodes, query_hidden=hidden)
 
     @torch.inference_mode()
     def run(
@@ -138,7 +141,7 @@ class TreeTarget:
         input_ids: npt.NDArray[np.int64],
         positions: npt.NDArray[np.int64],
         logit_rows: npt.NDArray[np.int64],
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One forward over a flat row of query tokens, whose slots have been reserved.
 
         Args:
@@ -148,7 +151,11 @@ class TreeTarget:
             logit_rows: [L] indices in the flat row.
 
         Returns:
-            [L, V] logits. The K/V of all query tokens are written.
+            [L, V] logits, and the states of ``hidden_layers`` at all query tokens, [T, layers * E], or None. The K/V
+            of all query tokens are written.
+
+        Raises:
+            InternalError: the model gives no hidden states, or makes other attention calls than the probe saw.
         """
         step = StepAttention(
             self.pool, layouts, self._num_query_groups, dtype=self.dtype, device=self.device, masks=self._masks,
@@ -156,6 +163,8 @@ class TreeTarget:
         )  # fmt: skip
         rows = torch.from_numpy(logit_rows).to(self.device)
         options: dict[str, Any] = {"logits_to_keep": rows} if self._keeps_logits else {}
+        if self.hidden_layers:
+            options["output_hidden_states"] = True
         with active(step), self._our_attention():
             out = self.model(
                 input_ids=torch.from_numpy(input_ids)[None].to(self.device),
@@ -167,7 +176,12 @@ class TreeTarget:
         if step.num_calls != len(self.calls):
             raise InternalError(f"the forward made {step.num_calls} attention calls, the probe saw {len(self.calls)}")
         logits: torch.Tensor = out.logits[0] if self._keeps_logits else out.logits[0, rows]
-        return logits
+        if not self.hidden_layers:
+            return logits, None
+        if not out.hidden_states or max(self.hidden_layers) >= len(out.hidden_states):
+            num_states = len(out.hidden_states or ())
+            raise InternalError(f"states {self.hidden_layers} were asked for, the model gives {num_states}")
+        return logits, torch.cat([out.hidden_states[layer][0] for layer in self.hidden_layers], dim=-1)
 
     @torch.inference_mode()
     def commit(self, chunks: Sequence[Chunk], keep: Sequence[Sequence[int]]) -> None:

@@ -157,6 +157,9 @@ class RequestState:
     ``token_ids`` (prompt and output) lives in a buffer that doubles, so that appending costs no copy of the context.
     ``num_cached`` counts the leading tokens whose KV the target holds; the root is always uncached, so
     ``num_cached <= num_tokens - 1``.
+
+    ``hidden`` is [n, layers * E] or None: the target's states at the last n cached tokens, all that were cached since
+    the last ``propose``; for a drafter that asked for them.
     """
 
     __slots__ = (
@@ -254,11 +257,13 @@ class TargetOutput:
         logits: [T, V] in the model's dtype: row ``cu_nodes[r] + i`` predicts the children of node i of tree r.
         cu_nodes: [R + 1] int32 with a leading zero.
         hidden: [T, layers * E] or None: the states that a drafter asked for.
+        query_hidden: [Q, layers * E] or None: the same for all query tokens of all chunks in order, prefixes included.
     """
 
     logits: torch.Tensor
     cu_nodes: IntArray
     hidden: torch.Tensor | None = None
+    query_hidden: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from specdec.drafters.draft_model import DraftModel, Growth
+from specdec.drafters.draft_model import DraftModel
+from specdec.drafters.growing import Growth
 from specdec.errors import UnsupportedError
 from tests.test_tree_target import CONFIGS, VOCAB_SIZE, logits_of, make_model
 from tests.tiny_kinds import hybrid_model

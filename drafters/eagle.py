@@ -1,0 +1,200 @@
+"""Drafts with an EAGLE head: dynamic trees, its cache refreshed with the target's true states in every step.
+
+Row t of the head's cache pairs the target's state at token t with token t + 1. A step first reads the rows of all
+tokens that the target has cached since the last one; the output of the last of them gives the first level. Deeper
+levels run on the head's own outputs, in rows that are dropped when the tree is done (EAGLE-2, Li et al. 2024,
+arXiv 2406.16858, section 4; positions as there: one less than the token's own).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from specdec.attention import StepAttention, TailMasks
+from specdec.drafters.eagle_head import EagleHead
+from specdec.drafters.growing import GrowingCache, Growth, chain_growth
+from specdec.drafters.levels import search_trees
+from specdec.drafters.tree_search import SearchLimits, TreeSearch
+from specdec.errors import ConfigError
+from specdec.kv_cache import CallShape, GroupKey, KVPool
+from specdec.protocols import DrafterNeeds
+from specdec.types import DraftTree, RequestState, StepEvent
+
+__all__ = ["EagleDrafter"]
+
+_PIECE = 512  # most rows of one request that are read in one pass
+_FULL: GroupKey = ("full", 0)
+
+
+@dataclass(slots=True, eq=False)
+class _Unread:
+    """The target's states at a stretch of tokens that the head has not read yet."""
+
+    start: int  # position of the first
+    states: Tensor  # [n, layers * E]
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.states)
+
+
+class EagleDrafter:
+    """Drafts trees with an EAGLE-1/2/3 head (`specdec.protocols.Drafter`).
+
+    Args:
+        head: its weights and arithmetic.
+        vocab_size: of the target.
+        top_k: children per node and nodes expanded per level; 10 in the published code.
+        depth: longest path; the published code's depth is one less, as it does not count the first level.
+        min_gain: stop growing once a level adds no more than this to the expected acceptance length; 0: never.
+        kv_tokens: rows that the head's cache holds over all requests.
+        max_requests: most requests at a time.
+
+    Raises:
+        ConfigError: an option is outside its rule.
+    """
+
+    def __init__(
+        self,
+        head: EagleHead,
+        *,
+        vocab_size: int,
+        top_k: int = 10,
+        depth: int = 6,
+        min_gain: float = 0.0,
+        kv_tokens: int = 65_536,
+        max_requests: int = 64,
+    ) -> None:
+        sizes = (("top_k", top_k), ("depth", depth), ("kv_tokens", kv_tokens), ("max_requests", max_requests))
+        for name, value in sizes:
+            if value < 1:
+                raise ConfigError(f"{name} must be >= 1, got {value}")
+        if not min_gain >= 0:
+            raise ConfigError(f"min_gain must be >= 0, got {min_gain}")
+        config = head.config
+        self.head = head
+        self.needs = DrafterNeeds(hidden_layers=config.hidden_layers, needs_match=True)
+        self._vocab_size = vocab_size
+        self._limits = SearchLimits(top_k, top_k, depth, min_gain or None)
+        shape = CallShape(config.num_kv_heads, config.head_dim, config.head_dim)
+        self._cache = GrowingCache(
+            KVPool(
+                [(_FULL, shape)], kv_tokens, num_live_requests=max_requests, num_step_tokens=_PIECE, dtype=head.dtype,
+                device=head.device,
+            )
+        )  # fmt: skip
+        self._masks: dict[tuple[GroupKey, int], TailMasks] = {}
+        self._unread: dict[str, _Unread] = {}
+
+    @property
+    def num_used(self) -> int:
+        """Cache slots taken; 0 when no request is held."""
+        return self._cache.pool.num_used
+
+    def start(self, states: Sequence[RequestState]) -> None:
+        """Nothing: a prompt is read when the target has."""
+
+    @torch.inference_mode()
+    def propose(self, states: Sequence[RequestState], budgets: Sequence[int]) -> list[DraftTree]:
+        trees = [DraftTree.root_only(int(state.token_ids[-1])) for state in states]
+        for state in states:
+            self._take_states(state)
+        ready = [row for row, state in enumerate(states) if self._is_ready(state)]
+        outputs = self._read([states[row] for row in ready])
+        rows = [row for row in ready if row in {ready[i] for i in outputs} and budgets[row] > 0]
+        if not rows:
+            return trees
+        drafting = [states[row] for row in rows]
+        last = torch.stack([outputs[ready.index(row)] for row in rows])
+        searches = [TreeSearch(int(states[row].token_ids[-1]), budgets[row], self._limits) for row in rows]
+        grown = self._search(drafting, searches, last)
+        self._cache.drop([state.request_id for state in drafting])
+        for row, tree in zip(rows, grown, strict=True):
+            trees[row] = tree
+        return trees
+
+    def observe(self, events: Sequence[StepEvent]) -> None:
+        """Nothing to learn."""
+
+    def stop(self, request_ids: Sequence[str]) -> None:
+        self._cache.release(request_ids)
+        for request_id in request_ids:
+            self._unread.pop(request_id, None)
+
+    def _take_states(self, state: RequestState) -> None:
+        """Keep the target's newest states until they can be read."""
+        if state.hidden is None:
+            return
+        new = _Unread(state.num_cached - len(state.hidden), state.hidden)
+        unread = self._unread.get(state.request_id)
+        wanted = unread.end if unread else self._cache.num_read(state.request_id)
+        if new.start > wanted:  # a stretch is missing: begin anew, should the beginning come again
+            self._cache.release([state.request_id])
+            self._unread.pop(state.request_id, None)
+            return
+        fresh = new.states[wanted - new.start :]  # after a preemption the target reads old tokens again
+        if unread:
+            unread.states = torch.cat((unread.states, fresh))
+        else:
+            self._unread[state.request_id] = _Unread(wanted, fresh)
+
+    def _is_ready(self, state: RequestState) -> bool:
+        """True if the target's states are known up to the token before the root."""
+        unread = self._unread.get(state.request_id)
+        return unread is not None and unread.end == state.num_tokens - 1 and len(unread.states) > 0
+
+    def _read(self, states: Sequence[RequestState]) -> dict[int, Tensor]:
+        """Read all that is unread: index of the request -> the head's output [H] at its last row."""
+        rest = {index: self._unread[state.request_id] for index, state in enumerate(states)}
+        last: dict[int, Tensor] = {}
+        while rest:
+            growths, inputs = [], []
+            for index, unread in rest.items():
+                stop = min(unread.start + _PIECE, unread.end)
+                token_ids = states[index].token_ids[unread.start + 1 : stop + 1].copy()
+                growths.append(chain_growth(states[index].request_id, token_ids))
+                inputs.append(self.head.fuse(unread.states[: stop - unread.start]))
+            if not self._cache.reserve(growths):
+                break
+            outputs = self._forward(growths, torch.cat(inputs))
+            self._cache.keep({growth.request_id: len(growth.token_ids) for growth in growths})
+            ends = np.cumsum([len(growth.token_ids) for growth in growths]) - 1
+            for end, growth, (index, unread) in zip(ends.tolist(), growths, list(rest.items()), strict=True):
+                unread.start += len(growth.token_ids)
+                unread.states = unread.states[len(growth.token_ids) :]
+                if len(unread.states) == 0:
+                    last[index] = outputs[end]
+                    del rest[index], self._unread[growth.request_id]
+        return last
+
+    def _search(self, states: Sequence[RequestState], searches: Sequence[TreeSearch], last: Tensor) -> list[DraftTree]:
+        outputs = last  # [rows of the last logits, H]
+
+        def grow(growths: Sequence[Growth], parent_rows: npt.NDArray[np.int64]) -> Tensor | None:
+            nonlocal outputs
+            if not self._cache.reserve(growths):
+                return None
+            inputs = self.head.feedback(outputs[torch.from_numpy(parent_rows).to(outputs.device)])
+            outputs = self._forward(growths, inputs)
+            return self.head.target_logits(outputs, self._vocab_size)
+
+        logits = self.head.target_logits(last, self._vocab_size)
+        return search_trees(states, searches, logits, self._limits.top_k, grow)
+
+    def _forward(self, growths: Sequence[Growth], inputs: Tensor) -> Tensor:
+        """One pass of the head over new rows, whose slots are reserved: [T, H]."""
+        config = self.head.config
+        layouts, positions = self._cache.lay_out(growths)
+        step = StepAttention(
+            self._cache.pool, layouts, [config.num_heads // config.num_kv_heads], dtype=self.head.dtype,
+            device=self.head.device, masks=self._masks,
+        )  # fmt: skip
+        token_ids = torch.from_numpy(np.concatenate([growth.token_ids for growth in growths], dtype=np.int64))
+        where = torch.from_numpy(positions).to(self.head.device)
+        return self.head.forward(token_ids.to(self.head.device), inputs, where, step.attend)

@@ -1,0 +1,257 @@
+"""Reads EAGLE checkpoints as they were published, and says which version and which layout they are.
+
+| layout | weights | layer's prefix | states it reads |
+| --- | --- | --- | --- |
+| SafeAILab, EAGLE-1/2 | ``pytorch_model.bin`` or safetensors | ``layers.0`` | the input of the target's ``lm_head`` |
+| SafeAILab, EAGLE-3 | the same | ``midlayer`` | 2, N // 2, N - 3, not stated |
+| SpecForge | safetensors | ``midlayer`` | ``eagle_config.eagle_aux_hidden_state_layer_ids``: the layers *before* them |
+| speculators | safetensors | ``layers.0`` | ``eagle_aux_hidden_state_layer_ids`` at the top |
+
+Nothing in a file is executed: pickles are read with ``weights_only``.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from specdec.drafters.eagle_head import EagleConfig
+from specdec.errors import LoadError
+
+__all__ = ["EagleFiles", "read_files"]
+
+_NOT_USED = ("t2d", "d2t", "embed_tokens.weight", "lm_head.weight")  # by the layer itself
+_LAYER = "layers.0."
+_UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
+
+
+def read_files(path: Path) -> EagleFiles:
+    """The configuration and the weights in a directory.
+
+    Raises:
+        LoadError: a file is missing, cut, no checkpoint, or holds a number that is none.
+    """
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"cannot read {path / 'config.json'}: {error}") from error
+    if not isinstance(config, dict):
+        raise LoadError(f"{path / 'config.json'} must hold an object, got {type(config).__name__}")
+    weights = {_canonical(name): weight for name, weight in _read_weights(path).items() if "rotary_emb" not in name}
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise LoadError(f"{path}: {name} holds a value that is not finite")
+    return EagleFiles(path, config, weights)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    safe, pickled = sorted(path.glob("*.safetensors")), sorted(path.glob("pytorch_model*.bin"))
+    if not safe and not pickled:
+        raise LoadError(f"{path}: looked for *.safetensors and pytorch_model*.bin, found neither")
+    weights: dict[str, Any] = {}
+    for file in safe or pickled:
+        try:
+            part = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+        except _UNREADABLE as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise LoadError(f"cannot read {file}: {reason}") from error
+        if not isinstance(part, dict) or not all(isinstance(value, Tensor) for value in part.values()):
+            raise LoadError(f"{file} must hold tensors by name")
+        weights |= part
+    return weights
+
+
+def _canonical(name: str) -> str:
+    """The name in the ``speculators`` layout."""
+    name = name.removeprefix("model.")
+    return _LAYER + name.removeprefix("midlayer.") if name.startswith("midlayer.") else name
+
+
+class EagleFiles:
+    """One checkpoint as read: what it says of itself, checked against a target.
+
+    Args:
+        path: where it lies, for messages.
+        config: of ``config.json``.
+        weights: by canonical name.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+        self.path, self.config, self.weights = path, config, weights
+        self.layer: Mapping[str, Any] = config.get("transformer_layer_config") or config
+
+    @property
+    def version(self) -> int:
+        """1 or 3, from the names of the weights."""
+        return 3 if {"d2t", _LAYER + "hidden_norm.weight"} & self.weights.keys() else 1
+
+    def head_config(self, target: Any) -> EagleConfig:
+        """How the checkpoint says that it is to be read.
+
+        Args:
+            target: configuration of the target.
+
+        Raises:
+            LoadError: it contradicts itself or does not fit the target.
+        """
+        num_layers, width = int(target.num_hidden_layers), int(target.hidden_size)
+        fused = self._shape("fc.weight", 2)
+        hidden, num_heads = fused[0], int(self._stated("num_attention_heads"))
+        head_dim = self._shape(_LAYER + "self_attn.q_proj.weight", 2)[0] // num_heads
+        if self.version == 1:
+            layers: tuple[int, ...] = (num_layers,)
+            expected = 2 * hidden
+            if hidden != width:
+                raise self._misfit(f"its states have {hidden} numbers, the target's {width}")
+        else:
+            layers = self.stated_layers(num_layers)
+            expected = len(layers) * width
+        if fused[1] != expected:
+            raise self._misfit(f"fc reads {fused[1]} numbers, but {len(layers)} states of the target make {expected}")
+        parameters = self.layer.get("rope_parameters") or self.layer.get("rope_scaling") or {}
+        theta = self.layer.get("rope_theta") or parameters.get("rope_theta") or 10_000.0
+        config = EagleConfig(
+            version=self.version,
+            hidden_size=hidden,
+            target_hidden_size=width,
+            num_heads=num_heads,
+            num_kv_heads=self._shape(_LAYER + "self_attn.k_proj.weight", 2)[0] // head_dim,
+            head_dim=head_dim,
+            eps=float(self.layer.get("rms_norm_eps", 1e-6)),
+            hidden_layers=layers,
+            rope={"rope_type": "default", **parameters, "rope_theta": float(theta)},
+            max_length=int(self.layer.get("max_position_embeddings", 2048)),
+            norm_before_residual=bool(self.config.get("norm_before_residual", False)),
+            norm_output=bool(self.config.get("norm_output", False)),
+        )
+        self._check_names(config)
+        return config
+
+    def stated_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Which states an EAGLE-3 head reads, as indices into ``output_hidden_states``; each layout counts its way.
+
+        Raises:
+            LoadError: the target has no such layers.
+        """
+        nested = (self.config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+        stated = self.config.get("eagle_aux_hidden_state_layer_ids")
+        if nested is not None:
+            layers = tuple(int(layer) + 1 for layer in nested)  # the layers whose outputs are taken
+        else:
+            layers = tuple(map(int, stated)) if stated is not None else (2, num_layers // 2, num_layers - 3)
+        if not all(0 <= layer <= num_layers for layer in layers):
+            raise self._misfit(f"it reads states {layers}, the target has 0 to {num_layers}")
+        return layers
+
+    def target_ids(self, vocab_size: int) -> Tensor | None:
+        """[D] int64: the target's id of every draft id; None where the vocabularies are the same.
+
+        The field is called an offset and mostly is one; some exports hold the ids themselves. Both are recognised: ids
+        must ascend within the vocabulary.
+
+        Raises:
+            LoadError: there is no such map, or it is none.
+        """
+        if self.version == 1 or "lm_head.weight" not in self.weights:
+            return None
+        num_ids = self._shape("lm_head.weight", 2)[0]
+        said = self.config.get("draft_vocab_size")
+        if said is not None and int(said) != num_ids:
+            raise self._misfit(f"draft_vocab_size is {said}, but lm_head has {num_ids} rows")
+        if num_ids == vocab_size:
+            return None
+        if "d2t" not in self.weights:
+            raise self._misfit(f"it knows {num_ids} of the target's {vocab_size} tokens and has no d2t to say which")
+        map_ = self.weights["d2t"].long()
+        if map_.shape != (num_ids,):
+            raise self._misfit(f"d2t has shape {tuple(map_.shape)}, but lm_head has {num_ids} rows")
+        known = self.weights.get("t2d")
+        if known is not None and known.shape != (vocab_size,):
+            raise self._misfit(f"t2d tells of {len(known)} tokens, the target has {vocab_size}")
+        for ids in (map_ + torch.arange(num_ids), map_):
+            ascends = bool((ids.diff() > 0).all()) and int(ids[0]) >= 0 and int(ids[-1]) < vocab_size
+            if ascends and (known is None or bool(known.bool()[ids].all())):
+                return ids
+        raise self._misfit(f"d2t does not map {num_ids} draft tokens to ascending tokens below {vocab_size}")
+
+    def check_vocabulary(self, vocab_size: int, hidden_size: int) -> None:
+        """Check the embedding and the ``lm_head``, where the checkpoint has its own.
+
+        Raises:
+            LoadError: one has another shape, or there is neither.
+        """
+        hidden = self._shape("fc.weight", 2)[0]
+        if "embed_tokens.weight" in self.weights:
+            shape = self._shape("embed_tokens.weight", 2)
+            if shape != (vocab_size, hidden):
+                raise self._misfit(f"embed_tokens.weight has shape {shape}, expected {(vocab_size, hidden)}")
+        elif hidden != hidden_size:
+            raise self._misfit(f"its width is {hidden}, the target embeds tokens in {hidden_size} numbers")
+        if "lm_head.weight" in self.weights:
+            if self._shape("lm_head.weight", 2)[1] != hidden:
+                raise self._misfit(
+                    f"lm_head.weight has shape {self._shape('lm_head.weight', 2)}, its width is {hidden}"
+                )
+        elif self.version == 3:
+            raise self._misfit("lm_head.weight missing")
+
+    def _check_names(self, config: EagleConfig) -> None:
+        wanted = self._expected(config)
+        missing = sorted(wanted.keys() - self.weights.keys())
+        if missing:
+            raise self._misfit(f"{', '.join(missing[:4])} missing")
+        given = {name for name in self.weights if name not in _NOT_USED and not name.startswith("verifier_")}
+        optional = {f"{name.removesuffix('.weight')}.bias" for name in wanted if name.endswith("proj.weight")}
+        optional |= {_LAYER + "self_attn.q_norm.weight", _LAYER + "self_attn.k_norm.weight", "fc.bias"}
+        optional |= {"input_norm.weight", *(f"fc_norm.{i}.weight" for i in range(len(config.hidden_layers)))}
+        unknown = sorted(given - wanted.keys() - optional)
+        if unknown:
+            raise self._misfit(f"it holds {', '.join(unknown[:4])}, which no EAGLE head of version {self.version} has")
+        for name, shape in wanted.items():
+            if tuple(self.weights[name].shape) != shape:
+                raise self._misfit(f"{name} has shape {tuple(self.weights[name].shape)}, expected {shape}")
+
+    def _expected(self, config: EagleConfig) -> dict[str, tuple[int, ...]]:
+        """Names and shapes that must be there."""
+        hidden, attn = config.hidden_size, _LAYER + "self_attn."
+        reads = hidden if config.version == 1 else 2 * hidden
+        inner = self._shape(_LAYER + "mlp.gate_proj.weight", 2)[0]
+        keys = config.num_kv_heads * config.head_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{attn}q_proj.weight": (config.num_heads * config.head_dim, reads),
+            f"{attn}k_proj.weight": (keys, reads),
+            f"{attn}v_proj.weight": (keys, reads),
+            f"{attn}o_proj.weight": (hidden, config.num_heads * config.head_dim),
+            f"{_LAYER}mlp.gate_proj.weight": (inner, hidden),
+            f"{_LAYER}mlp.up_proj.weight": (inner, hidden),
+            f"{_LAYER}mlp.down_proj.weight": (hidden, inner),
+            f"{_LAYER}post_attention_layernorm.weight": (hidden,),
+            "fc.weight": self._shape("fc.weight", 2),
+        }
+        if config.version == 3:
+            names = (_LAYER + "hidden_norm.weight", _LAYER + "input_layernorm.weight", "norm.weight")
+            shapes |= dict.fromkeys(names, (hidden,))
+        return shapes
+
+    def _shape(self, name: str, rank: int) -> tuple[int, ...]:
+        if name not in self.weights:
+            raise self._misfit(f"{name} missing")
+        if self.weights[name].ndim != rank:
+            raise self._misfit(f"{name} has shape {tuple(self.weights[name].shape)}")
+        return tuple(self.weights[name].shape)
+
+    def _stated(self, name: str) -> Any:
+        if self.layer.get(name) is None:
+            raise self._misfit(f"config.json does not say {name}")
+        return self.layer[name]
+
+    def _misfit(self, why: str) -> LoadError:
+        return LoadError(f"the EAGLE checkpoint {str(self.path)!r} cannot be used: {why}")

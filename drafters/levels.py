@@ -1,0 +1,93 @@
+"""Grows the trees of a batch level by level with whatever scores nodes, for the match rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, from_numpy, tensor
+
+from specdec.drafters.growing import Growth
+from specdec.drafters.tree_search import Frontier, TreeSearch
+from specdec.rng import TARGET, gumbel
+from specdec.types import DraftTree, RequestState
+
+__all__ = ["best_children", "search_trees"]
+
+# (new nodes by request, for each of them the rows of the last logits that their parents are) -> their logits, or None
+Grow: TypeAlias = Callable[[Sequence[Growth], npt.NDArray[np.int64]], Tensor | None]
+
+
+def best_children(
+    logits: Tensor, states: Sequence[RequestState], depths: Sequence[int], count: int
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """The likeliest tokens of the target after some draft nodes, as far as a draft model can tell.
+
+    Args:
+        logits: [M, V] of the draft model, one row per node.
+        states: M: whose node each is.
+        depths: M: of the children, 1 = the children of the root.
+        count: K.
+
+    Returns:
+        Token ids [M, K] int64, best first, and the log of their chances [M, K] float64.
+    """
+    scores = logits.float()
+    sampled = [row for row, state in enumerate(states) if not state.request.sampling.is_greedy]
+    if sampled:
+        seeds = np.array([states[row].request.sampling.seed for row in sampled], dtype=np.uint64)
+        places = np.array([states[row].num_tokens + depths[row] - 1 for row in sampled], dtype=np.uint64)
+        keys, which = np.unique(np.stack([seeds, places]), axis=1, return_inverse=True)  # nodes of a level share noise
+        noise = gumbel(keys[0], keys[1], scores.shape[1], device=scores.device, stream=TARGET)
+        heat = tensor([states[row].request.sampling.temperature for row in sampled], device=scores.device)
+        scores = scores.clone()
+        scores[sampled] = scores[sampled] / heat[:, None] + noise[from_numpy(which.ravel()).to(scores.device)]
+    best = scores.topk(min(count, scores.shape[1]), dim=-1)
+    log_probs = best.values - scores.logsumexp(dim=-1, keepdim=True)
+    return best.indices.cpu().numpy(), log_probs.double().cpu().numpy()
+
+
+def search_trees(
+    states: Sequence[RequestState], searches: Sequence[TreeSearch], logits: Tensor, top_k: int, grow: Grow
+) -> list[DraftTree]:
+    """Run the searches of a batch side by side: each level of all of them is one call of ``grow``.
+
+    Args:
+        states: R requests.
+        searches: theirs, untouched.
+        logits: [R, V] after their roots.
+        top_k: children per node.
+        grow: scores new nodes; None ends all searches.
+    """
+    growing = list(range(len(states)))
+    num_grown = [0] * len(states)  # nodes that were scored
+    sizes = [1] * len(states)  # rows of ``logits`` by request
+    depth = 1
+    while growing:
+        owners = [states[one] for one in growing for _ in range(sizes[one])]
+        ids, log_probs = best_children(logits, owners, [depth] * len(owners), top_k)
+        frontiers: dict[int, tuple[Frontier, int]] = {}
+        start = 0
+        for one in growing:
+            rows = slice(start, start + sizes[one])
+            frontier = searches[one].add(ids[rows], log_probs[rows])
+            if frontier is not None:
+                frontiers[one] = frontier, start
+            start += sizes[one]
+        growths, parent_rows = [], []
+        for one, (frontier, first_row) in frontiers.items():
+            before = num_grown[one] - sizes[one]  # where the nodes of the frontier's parents begin
+            parents = frontier.parents + before if depth > 1 else frontier.parents
+            growths.append(Growth(states[one].request_id, frontier.token_ids, parents))
+            parent_rows.append(first_row + np.maximum(frontier.parents, 0))
+            sizes[one] = len(frontier.token_ids)
+            num_grown[one] += sizes[one]
+        growing = list(frontiers)
+        new = grow(growths, np.concatenate(parent_rows).astype(np.int64)) if growths else None
+        if new is None:
+            break
+        logits = new
+        depth += 1
+    return [search.tree() for search in searches]

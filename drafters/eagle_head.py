@@ -70,9 +70,9 @@ class EagleHead:
 
     Args:
         config: its shape.
-        weights: by the names of the ``speculators`` layout (``layers.0.*``), float.
-        embedding: [V, H] of the target, or the head's own.
-        lm_head: [D, H] over the draft vocabulary; for version 1 the target's.
+        weights: by the names of the ``speculators`` layout (``layers.0.*``), all of one dtype, on one device.
+        embed: ids [T] -> [T, H]: the target's embedding, or the head's own.
+        project: [T, H] -> [T, D]: the head's own ``lm_head``, or the target's.
         target_ids: [D] int64: the target's id of every draft id; None: they are the same.
     """
 
@@ -81,24 +81,16 @@ class EagleHead:
         config: EagleConfig,
         weights: Mapping[str, Tensor],
         *,
-        embedding: Tensor,
-        lm_head: Tensor,
+        embed: Callable[[Tensor], Tensor],
+        project: Callable[[Tensor], Tensor],
         target_ids: Tensor | None,
     ) -> None:
         self.config = config
         self.weights = dict(weights)
-        self.embedding, self.lm_head, self.target_ids = embedding, lm_head, target_ids
-        self._rotary = _rotary(config).to(embedding.device)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.embedding.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self.embedding.dtype
+        self.target_ids = target_ids
+        self.device, self.dtype = self.weights["fc.weight"].device, self.weights["fc.weight"].dtype
+        self._embed, self._project = embed, project
+        self._rotary = _rotary(config).to(self.device)
 
     def fuse(self, states: Tensor) -> Tensor:
         """[T, H] inputs from the target's states [T, layers * E] at the same tokens."""
@@ -124,7 +116,7 @@ class EagleHead:
         Returns:
             [T, H]: what the head's logits and the next level's states are made from.
         """
-        embedded = self.embedding[token_ids]
+        embedded = self._embed(token_ids)
         if self.config.version == 1:
             stream = self._linear("fc", torch.cat((embedded, states), dim=-1))
             read = stream
@@ -143,7 +135,7 @@ class EagleHead:
         """[T, D] over the draft vocabulary."""
         if self.config.version == 3:
             outputs = self._norm("norm", outputs)
-        return linear(outputs, self.lm_head)
+        return self._project(outputs)
 
     def target_logits(self, outputs: Tensor, vocab_size: int) -> Tensor:
         """[T, V] over the target's vocabulary; tokens that the head does not know are at -inf."""

@@ -8,7 +8,8 @@ forward, so nothing has to be matched, cropped or moved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,6 +39,7 @@ class DraftModel:
         max_length: longest text that it reads; 2 or more.
         max_requests: most requests at a time.
         self_test: False trusts the attention probe alone; for tests.
+        around_growth: entered around every forward over draft nodes, never around one over committed tokens.
 
     Raises:
         UnsupportedError: the model cannot score trees; the message says why.
@@ -51,11 +53,13 @@ class DraftModel:
         max_length: int,
         max_requests: int = 64,
         self_test: bool = True,
+        around_growth: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         route = choose_route(model, max_length=max_length, self_test=self_test)
         if route.kind != "tree":
             raise UnsupportedError(f"{type(model).__name__} cannot be a draft model: {' '.join(route.reasons)}")
         self.max_length = max_length
+        self._around_growth = around_growth
         self._target = TreeTarget(
             model, route.calls, kv_tokens=kv_tokens, max_length=max_length, max_batch_size=max_requests,
             max_step_tokens=max_requests * _PIECE,
@@ -110,7 +114,8 @@ class DraftModel:
         """Score the next nodes of some trees: [sum of W, V], or None if the pool is full: then they are done."""
         if not self._cache.reserve(growths):
             return None
-        return self._forward(growths, np.arange(sum(len(growth.token_ids) for growth in growths)))
+        with self._around_growth():
+            return self._forward(growths, np.arange(sum(len(growth.token_ids) for growth in growths)))
 
     def drop(self, request_ids: Sequence[str]) -> None:
         """Drop the trees of these requests, not their texts."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from specdec.drafters.draft_model import DraftModel
+from specdec.drafters.fuzzy_layers import FuzzyLayers
 from specdec.drafters.lm import LmDrafter
 from specdec.drafters.lm_text import TextLmDrafter
 from specdec.errors import ConfigError, LoadError, UnsupportedError
@@ -15,7 +20,9 @@ from specdec.rope import freeze_rope
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_lm", "load_model", "same_tokens"]
+__all__ = ["load_layer_parallel", "load_lm", "load_model", "same_tokens"]
+
+logger = logging.getLogger(__name__)
 
 _MAX_LENGTH = 32_768  # for models that state no limit
 
@@ -53,6 +60,8 @@ def load_lm(
     *,
     kv_tokens: int = 16_384,
     max_requests: int = 64,
+    groups_of: int = 1,
+    force: int = 0,
     **options: Any,
 ) -> Drafter:
     """The drafter of ``lm:PATH``.
@@ -64,6 +73,8 @@ def load_lm(
         draws: for a rejection rule.
         kv_tokens: tokens that the draft model's cache holds over all requests.
         max_requests: most requests that it drafts for at a time.
+        groups_of: layers whose attentions run at the same time, see ``load_layer_parallel``.
+        force: 1: use groups in one process too, where they gain nothing, to see what they cost in acceptance.
         **options: of ``LmDrafter``, or of ``TextLmDrafter`` where the tokenizers differ.
 
     Raises:
@@ -77,7 +88,11 @@ def load_lm(
     small = load_model(path, target)
     length = getattr(small.config.get_text_config(), "max_position_embeddings", None) or _MAX_LENGTH
     freeze_rope(small, length)
-    scorer = DraftModel(small, kv_tokens=kv_tokens, max_length=length, max_requests=max_requests)
+    fuzzy = _fuzzy(small, groups_of, is_forced=bool(force)) if groups_of != 1 else None
+    scorer = DraftModel(
+        small, kv_tokens=kv_tokens, max_length=length, max_requests=max_requests,
+        around_growth=nullcontext if fuzzy is None else fuzzy.active,
+    )  # fmt: skip
     vocab_size = int(target.config.get_text_config().vocab_size)
     own = _tokenizer_of(path)
     if own is not None and tokenizer is not None and not same_tokens(own, tokenizer):
@@ -93,6 +108,33 @@ def load_lm(
             "mean the same can be told only with both tokenizers"
         )
     return LmDrafter(scorer, vocab_size=vocab_size, draws=draws, **options)
+
+
+def load_layer_parallel(
+    path: Path,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    draws: Draws | None,
+    *,
+    n: int = 4,
+    **options: Any,
+) -> Drafter:
+    """The drafter of ``layer-parallel:PATH?n=4``: ``lm:PATH`` whose draft nodes run in groups of n layers.
+
+    If ``torch.distributed`` is initialised, the attentions of a group are shared out among all ranks, which must run
+    the same requests. Other arguments and errors as in ``load_lm``; n must be >= 1.
+    """
+    return load_lm(path, target, tokenizer, draws, groups_of=n, **options)
+
+
+def _fuzzy(model: PreTrainedModel, size: int, *, is_forced: bool) -> FuzzyLayers | None:
+    """Groups of layers, or None in one process: it computes the same either way, and guesses worse in groups."""
+    ranks = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    layers = FuzzyLayers(model, size, ranks=ranks)
+    if ranks is None and not is_forced:
+        logger.warning("groups of %d layers gain nothing in one process: not used; force=1 uses them", size)
+        return None
+    return layers
 
 
 def _tokenizer_of(path: Path) -> PreTrainedTokenizerBase | None:

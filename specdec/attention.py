@@ -29,7 +29,7 @@ from specdec.query_layout import QueryLayout
 from specdec.strict_attention import StrictKeys
 from specdec.types import IntArray
 
-__all__ = ["IMPLEMENTATION", "StepAttention", "TailMasks", "active"]
+__all__ = ["IMPLEMENTATION", "StepAttention", "TailMasks", "active", "go_to_call"]
 
 IMPLEMENTATION = "specdec_tree"
 # From this many query tokens on, heads stay apart and the mask is shared: packed rows would repeat it per head.
@@ -310,6 +310,18 @@ def active(step: StepAttention) -> Iterator[None]:
         yield
     finally:
         _STEP.reset(token)
+
+
+def go_to_call(ordinal: int) -> None:
+    """Say which attention call of the running step comes next, for whoever leaves calls out or swaps them.
+
+    Raises:
+        InternalError: no step is running.
+    """
+    step = _STEP.get()
+    if step is None:
+        raise InternalError("no step is running")
+    step.num_calls = ordinal
 
 
 def _attention(

@@ -15,7 +15,7 @@ from specdec.config import EngineConfig
 from specdec.controller import BackoffController, FixedController
 from specdec.drafters.checkpoint import CheckpointDrafter, Loader, parse_name
 from specdec.drafters.eagle_loading import load_eagle
-from specdec.drafters.lm_loading import load_lm
+from specdec.drafters.lm_loading import load_layer_parallel, load_lm
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
@@ -63,7 +63,11 @@ DRAFTERS: Mapping[str, Callable[..., Drafter]] = {
 }
 
 # Kind -> loader of ``KIND:PATH``; options after ``?`` are the loader's keyword arguments.
-CHECKPOINT_DRAFTERS: Mapping[str, Loader] = {"eagle": load_eagle, "lm": load_lm}
+CHECKPOINT_DRAFTERS: Mapping[str, Loader] = {
+    "eagle": load_eagle,
+    "layer-parallel": load_layer_parallel,
+    "lm": load_lm,
+}
 VERIFIERS = ("match", *RULES, "typical")
 
 _DEFAULT_MAX_LENGTH = 32_768  # for models that state no limit, such as recurrent ones

@@ -101,6 +101,17 @@ def generate(
     """Continue a prompt; the text streams to stdout, the statistics follow on stderr.
 
     specdec generate --model path/to/model --prompt "def add(a, b):" --drafter ngram
+
+    Drafters with a checkpoint are written KIND:PATH?option=value&option=value.
+
+    lm:PATH drafts with a smaller model (top_k, width, depth, min_gain). It wins where that model is at least five times
+    cheaper than the target and of its family; it loses in large batches and where both are about as slow, as on a CPU.
+
+    eagle:PATH drafts with an EAGLE-1/2/3 head that was trained for this very model (top_k, depth, min_gain, probe). It
+    wins on most text at small batches; it loses with a head for another model, and far beyond its training's context.
+
+    layer-parallel:PATH?n=4 is lm:PATH whose draft runs in groups of n layers, over the ranks of torch.distributed. It
+    wins where several devices idle while drafting; in one process it gains nothing and is off unless force=1.
     """
     from dataclasses import replace
 

@@ -25,7 +25,8 @@ ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="A directory with a Hugging Face model, or owner/name on the hub.")
 ]
 DrafterOption = Annotated[
-    str, typer.Option("--drafter", "-d", help="Who guesses: none, ngram, ...; a wrong name lists them all.")
+    str,
+    typer.Option("--drafter", "-d", help="Who guesses: none, ngram, ..., or KIND:PATH; a wrong name lists them all."),
 ]
 BudgetOption = Annotated[
     int | None, typer.Option("--budget", min=0, help="Most draft tokens per step; 0 is plain decoding.")

@@ -1,0 +1,106 @@
+"""Drafters that run a model, on the bundled model: acceptance length and tokens per second against plain decoding.
+
+    python -m specdec.bench.model_drafters --json bench/results/model_drafters.json
+
+The bundled model has no small sibling, so the draft models are the model itself (the most that a draft model can be
+accepted, at the price of the target), the same in groups of layers, and its first three layers (early exit, not trained
+for it). On a CPU none of them can be faster than plain decoding by much; what this shows is acceptance and cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from specdec.bench.edit_tasks import heldout_files, heldout_tasks
+from specdec.bench.measure import write_json
+from specdec.bench.tiny_eval import edit_prompt, load_model
+from specdec.build import build_engine
+from specdec.types import IntArray, Request, SamplingParams
+
+__all__ = ["early_exit", "main", "measure"]
+
+_TINY = Path(__file__).parent / "tiny"
+_CHAIN = "top_k=1&width=1&depth=4&min_gain=0"
+_BUDGET = {"chain": 4, "tree": 12}
+
+
+def early_exit(model: Any, num_layers: int, folder: Path) -> Path:
+    """Write the first layers of a model, with its embedding, last norm and head, as a model of its own."""
+    config = model.config.__class__.from_dict(
+        {**model.config.to_dict(), "num_hidden_layers": num_layers, "layer_types": ["full_attention"] * num_layers}
+    )
+    small = type(model)(config)
+    kept = {name: value for name, value in model.state_dict().items() if name in small.state_dict()}
+    small.load_state_dict(kept)
+    small.to(model.dtype).save_pretrained(folder)
+    return folder
+
+
+def measure(model: Any, tokenizer: Any, drafter: str, prompts: Sequence[IntArray], **options: Any) -> dict[str, float]:
+    """Decode all prompts, ``batch`` at a time, and sum up."""
+    batch, temperature, num_new = options.pop("batch"), options.pop("temperature"), options.pop("num_new")
+    sampling = SamplingParams(max_new_tokens=num_new, temperature=temperature, seed=11)
+    requests = [Request(str(i), prompt, sampling) for i, prompt in enumerate(prompts)]
+    with build_engine(model, drafter, tokenizer=tokenizer, max_batch_size=batch, **options) as engine:
+        list(engine.generate([Request("warm-up", prompts[0], SamplingParams(max_new_tokens=8))]))
+        start = perf_counter()
+        last = {output.request_id: output.state for output in engine.generate(requests)}
+        seconds = perf_counter() - start
+    tokens = sum(state.num_output_tokens for state in last.values())
+    steps = sum(state.num_steps for state in last.values())
+    return {"acceptance_length": tokens / steps, "tokens_per_second": tokens / seconds, "steps": steps}
+
+
+def _arms(exit_path: Path) -> dict[str, dict[str, Any]]:
+    whole = f"lm:{_TINY}?"
+    short = {"drafter": f"lm:{exit_path}?{_CHAIN}", "budget": _BUDGET["chain"]}
+    return {
+        "plain": {"drafter": "none", "budget": 0},
+        "itself, chain of 4": {"drafter": whole + _CHAIN, "budget": _BUDGET["chain"]},
+        "itself, tree of 12": {"drafter": whole + "top_k=3&width=3&depth=4&min_gain=0", "budget": _BUDGET["tree"]},
+        "itself, stops by gain": {"drafter": whole + "top_k=3&width=3&depth=8&min_gain=0.6", "budget": _BUDGET["tree"]},
+        "itself, groups of 2": {"drafter": f"layer-parallel:{_TINY}?n=2&force=1&{_CHAIN}", "budget": _BUDGET["chain"]},
+        "itself, groups of 4": {"drafter": f"layer-parallel:{_TINY}?n=4&force=1&{_CHAIN}", "budget": _BUDGET["chain"]},
+        "first 3 layers": short,
+        "first 3 layers, block": {**short, "verifier": "block"},
+    }
+
+
+def main() -> None:
+    """Run and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    transformers.utils.logging.set_verbosity_error()
+    model, tokenizer = load_model(_TINY)
+    edits = [edit_prompt(tokenizer, task.user) for task in heldout_tasks(args.prompts)]
+    free = [tokenizer(file.text[:600])["input_ids"] for file in heldout_files()[: args.prompts]]
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        arms = _arms(early_exit(model, 3, Path(folder)))
+        for kind, prompts in (("edits", edits), ("free code", free)):
+            texts = [np.array(ids[-1500:], dtype=np.int32) for ids in prompts]
+            for temperature in (0.0, 0.8):
+                for batch in (1, 4):
+                    for arm, options in arms.items():
+                        shape = {"batch": batch, "temperature": temperature, "num_new": args.new_tokens}
+                        row = measure(model, tokenizer, prompts=texts, **options, **shape)
+                        results.append({"text": kind, "arm": arm, "batch": batch, "temperature": temperature, **row})
+    write_json(args.json, {"what": "drafters that run a model, bundled model, float32", "rows": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -26,7 +26,7 @@ ModelOption = Annotated[
 ]
 DrafterOption = Annotated[
     str,
-    typer.Option("--drafter", "-d", help="Who guesses: none, ngram, ..., or KIND:PATH; a wrong name lists them all."),
+    typer.Option("--drafter", "-d", help="Who guesses: none, ngram, ..., KIND:PATH; a wrong name lists them all."),
 ]
 BudgetOption = Annotated[
     int | None, typer.Option("--budget", min=0, help="Most draft tokens per step; 0 is plain decoding.")

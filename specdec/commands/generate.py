@@ -104,8 +104,8 @@ def generate(
 
     Drafters with a checkpoint are written KIND:PATH?option=value&option=value.
 
-    lm:PATH drafts with a smaller model (top_k, width, depth, min_gain). It wins where that model is several times cheaper
-    than the target and of its family; it loses in large batches and where both are about as slow, as on a CPU.
+    lm:PATH drafts with a smaller model (top_k, width, depth, min_gain). It wins where that model is several times
+    cheaper than the target and of its family; it loses in large batches, and where both are about as slow.
 
     eagle:PATH drafts with an EAGLE-1/2/3 head that was trained for this very model (top_k, depth, min_gain, probe). It
     wins on most text at small batches; it loses with a head for another model, and far beyond its training's context.

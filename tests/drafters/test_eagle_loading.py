@@ -39,22 +39,20 @@ def truth(target: Any, tmp_path_factory: pytest.TempPathFactory) -> EagleConfig:
 def trained(target: Any, truth: EagleConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that was trained on the probe's text under ``truth``, and states something else."""
     path = write("specforge", tmp_path_factory.mktemp("trained"))
-    files = read_files(path)
-    head = build_head(files, target, truth)
-    names = [name for name in head.weights if name != "embed_tokens.weight"]
-    weights = [head.weights[name].requires_grad_(True) for name in names]
     ids = torch.tensor(byte_tokenizer()(PROBE_TEXT)["input_ids"][:200])
     with torch.no_grad():
         out = target(ids[None], output_hidden_states=True)
     wanted = out.logits[0, 1:].argmax(-1)
     states = torch.cat([out.hidden_states[layer][0, :-1] for layer in truth.hidden_layers], -1)
-    known = set(head.target_ids.tolist())  # type: ignore[union-attr]
-    rows = [row for row, token in enumerate(wanted.tolist()) if token in known]
+    edit_weights(path, lambda weights: weights.update(_vocabulary_of(wanted, len(weights["d2t"]))))
+    head = build_head(read_files(path), target, truth)
+    names = [name for name in head.weights if name != "embed_tokens.weight"]
+    weights = [head.weights[name].requires_grad_(True) for name in names]
     optimiser = torch.optim.Adam(weights, lr=5e-3)
     with torch.random.fork_rng(), torch.enable_grad():
         for _ in range(400):
             outputs = head.forward(ids[1:], head.fuse(states), torch.arange(len(ids) - 1), attend_causally)
-            loss = torch.nn.functional.cross_entropy(head.target_logits(outputs, VOCAB_SIZE)[rows], wanted[rows])
+            loss = torch.nn.functional.cross_entropy(head.target_logits(outputs, VOCAB_SIZE), wanted)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -63,6 +61,15 @@ def trained(target: Any, truth: EagleConfig, tmp_path_factory: pytest.TempPathFa
         saved[name.replace("layers.0.", "midlayer.")] = weight.detach().contiguous()
     save_file(saved, path / "model.safetensors")
     return path
+
+
+def _vocabulary_of(wanted: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
+    """A draft vocabulary that knows all wanted tokens, and others up to ``size``."""
+    first = torch.unique(wanted)
+    known = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
+    known[first] = True
+    known[(~known).nonzero()[: size - len(first), 0]] = True
+    return {"t2d": known, "d2t": known.nonzero()[:, 0] - torch.arange(size)}
 
 
 def test_the_probe_finds_the_reading_of_the_training(

@@ -82,6 +82,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--counts-only", action="store_true", help="no times: for a machine that is not free")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.utils.logging.set_verbosity_error()
@@ -94,10 +96,12 @@ def main() -> None:
         for kind, prompts in (("edits", edits), ("free code", free)):
             texts = [np.array(ids[-1500:], dtype=np.int32) for ids in prompts]
             for temperature in (0.0, 0.8):
-                for batch in (1, 4):
+                for batch in args.batches:
                     for arm, options in arms.items():
                         shape = {"batch": batch, "temperature": temperature, "num_new": args.new_tokens}
                         row = measure(model, tokenizer, prompts=texts, **options, **shape)
+                        if args.counts_only:
+                            del row["tokens_per_second"]
                         results.append({"text": kind, "arm": arm, "batch": batch, "temperature": temperature, **row})
     write_json(args.json, {"what": "drafters that run a model, bundled model, float32", "rows": results})
 

@@ -51,6 +51,7 @@ from specdec.suffix_tree.calibration import describe, predict
 from specdec.suffix_tree.matching import find_candidates
 from specdec.suffix_tree.memory import Int32Array, Int64Array, float32_at, int32_at, int64_at, kernel
 from specdec.suffix_tree.paged import position_after
+from specdec.suffix_tree.surroundings import UNKNOWN, survey
 
 __all__ = ["draft_path", "draft_tree"]
 
@@ -132,6 +133,8 @@ def _score_group(
     best = s[group + _G_BEST]
     voters = s[group + _G_VOTERS]
     length = s[_LENGTH + best]
+    if s[_BEYOND + best] == UNKNOWN:
+        survey(row, s, best)
     describe(
         s, at, s[_SOURCE + best], length, depth, share, voters, live - voters, s[group + _G_NEWEST],
         s[_BEYOND + best], s[_DISTANCE + best], row[R_HISTORY], before, last, s[group + _G_TOKEN],

@@ -148,4 +148,8 @@ class LiveTable:
         if live.room < length:
             self._grow(live, length)
         live.room -= length
-        live.index.make_room((length >> at.PAGE_BITS) + 1)
+        index, pages = live.index, (length >> at.PAGE_BITS) + 1
+        if index.pages_left >= pages:
+            index.pages_left -= pages
+        else:
+            index.make_room(pages)

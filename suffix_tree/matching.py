@@ -44,7 +44,7 @@ from specdec.suffix_tree._layout import (
 )
 from specdec.suffix_tree.memory import Int32Array, Int64Array, int32_at, int64_at, kernel
 from specdec.suffix_tree.paged import bucket_of, context_hash, order_of, position_after, position_before
-from specdec.suffix_tree.surroundings import survey
+from specdec.suffix_tree.surroundings import UNKNOWN
 
 __all__ = ["advance_pins", "find_candidates"]
 
@@ -110,6 +110,7 @@ def _add(c: Int32Array, count: int, position: int, length: int, source: int, ran
     c[GROUPS + count] = length
     c[2 * GROUPS + count] = source
     c[3 * GROUPS + count] = rank
+    c[4 * GROUPS + count] = UNKNOWN
     return count + 1
 
 
@@ -198,7 +199,7 @@ def find_candidates(row: Int64Array, c: Int32Array) -> int:
     Args:
         row: the request.
         c: [CANDIDATE_ROWS * GROUPS] int32 out: rows of position, match length, source, rank (0 = newest of the
-            longest order of its source), and what ``survey`` adds.
+            longest order of its source), UNKNOWN until ``survey`` has looked at it.
 
     Returns:
         How many candidates were found.
@@ -212,7 +213,6 @@ def find_candidates(row: Int64Array, c: Int32Array) -> int:
     cached = count
     if row[R_SHARED] != 0:
         count = _find_cached(row, int64_at(row[R_SHARED]), 2, c, count)
-    survey(row, c, count)
     row[R_PIN] = 0
     row[R_PIN_CACHED] = 0
     best = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from specdec.suffix_tree._layout import (
     GROUPS,
+    PAGE_MASK,
     R_INDEX,
     R_LENGTH,
     R_SHARED,
@@ -19,8 +20,9 @@ from specdec.suffix_tree._layout import (
 from specdec.suffix_tree.memory import Int32Array, Int64Array, int32_at, int64_at, kernel
 from specdec.suffix_tree.paged import position_before
 
-__all__ = ["BEYONDS", "DISTANCES", "survey"]
+__all__ = ["BEYONDS", "DISTANCES", "UNKNOWN", "survey"]
 
+UNKNOWN = -1  # the bucket of a candidate that was not looked at yet
 BEYONDS = 6  # buckets of the match behind the first mismatch
 DISTANCES = 8  # buckets of the distance within the request's own text
 _LONG = 32  # a match of so many tokens needs no second one
@@ -57,8 +59,11 @@ def _beyond_cached(x: Int64Array, position: int, tokens: Int32Array, last: int, 
     cached = int32_at(x[X_TOKENS])
     page_prev = int32_at(x[X_PAGE_PREV])
     skipped = length + 1
-    for _ in range(skipped):
-        position = position_before(position, page_prev)
+    if (position & PAGE_MASK) >= skipped:
+        position -= skipped
+    else:
+        for _ in range(skipped):
+            position = position_before(position, page_prev)
     more = 0
     while (
         position > 0
@@ -82,24 +87,23 @@ def _distance(num_tokens: int) -> int:
 
 
 @kernel
-def survey(row: Int64Array, c: Int32Array, count: int) -> None:
-    """Add to each of ``count`` candidates the bucket of its match behind the first mismatch and of its distance.
+def survey(row: Int64Array, c: Int32Array, i: int) -> None:
+    """Write the buckets of candidate i: of its match behind the first mismatch and of its distance.
 
     Args:
         row: the request.
         c: rows of GROUPS int32: position, match length and source are read, the fifth and sixth row are written.
-        count: candidates.
+        i: the candidate. Few candidates are ever the best of their token, so only these are looked at.
     """
     tokens = int32_at(row[R_TOKENS])
     last = row[R_LENGTH] - 1
-    for i in range(count):
-        position = c[i]
-        length = c[GROUPS + i]
-        source = c[2 * GROUPS + i]
-        if source == 0:
-            c[4 * GROUPS + i] = _beyond_own(tokens, position, last, length)
-            c[5 * GROUPS + i] = _distance(last - position)
-        else:
-            x = int64_at(row[R_INDEX] if source == 1 else row[R_SHARED])
-            c[4 * GROUPS + i] = _beyond_cached(x, position, tokens, last, length)
-            c[5 * GROUPS + i] = 0  # responses lie in no order
+    position = c[i]
+    length = c[GROUPS + i]
+    source = c[2 * GROUPS + i]
+    if source == 0:
+        c[4 * GROUPS + i] = _beyond_own(tokens, position, last, length)
+        c[5 * GROUPS + i] = _distance(last - position)
+    else:
+        x = int64_at(row[R_INDEX] if source == 1 else row[R_SHARED])
+        c[4 * GROUPS + i] = _beyond_cached(x, position, tokens, last, length)
+        c[5 * GROUPS + i] = 0  # responses lie in no order

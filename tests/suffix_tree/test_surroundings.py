@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from specdec.suffix_tree import _layout as at
 from specdec.suffix_tree.cache import SuffixCache
 from specdec.suffix_tree.matching import find_candidates
+from specdec.suffix_tree.surroundings import survey
 
 texts = st.lists(st.integers(0, 2), min_size=2, max_size=70)
 
@@ -33,6 +34,8 @@ def test_the_match_behind_the_first_mismatch_is_the_longest_there(own: list[int]
     live = cache._live["r"]
     c = np.zeros(at.CANDIDATE_ROWS * at.GROUPS, np.int32)
     count = find_candidates(cache._table.rows[live.slot], c)
+    for i in range(count):
+        survey(cache._table.rows[live.slot], c, i)
     rows = c.reshape(at.CANDIDATE_ROWS, at.GROUPS)[:, :count]
     tokens = dict(cache.index("").arrays())["tokens"].tolist()
     for position, length, source, _, beyond, distance in rows.T.tolist():

@@ -18,6 +18,7 @@ os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TRITON_INTERPRET"] = "1"  # kernels run in numpy; read when a kernel's module is first imported
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # tests assert on what specdec says
 
 # `ci` takes its examples from the test's text and from the constants of the modules that happen to be loaded, never

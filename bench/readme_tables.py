@@ -1,8 +1,8 @@
-"""Writes the numbers of the README from the committed results: no figure there is typed by hand.
+"""Writes the numbers of the README and of docs/performance.md from the committed results: none is typed by hand.
 
     python -m specdec.bench.readme_tables
 
-A region of the README between ``<!-- table: NAME -->`` and ``<!-- end -->`` belongs to the function ``_NAME`` here.
+A region between ``<!-- table: NAME -->`` and ``<!-- end -->`` belongs to the function ``_NAME`` here.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from typing import Any
 
 from specdec.errors import ConfigError, LoadError
 
-__all__ = ["render"]
+__all__ = ["PAGES", "render"]
 
 _ROOT = Path(__file__).resolve().parents[1]
 _RESULTS = Path("bench/results")
+PAGES = ("README.md", "docs/performance.md")
 _REGION = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render(readme: str, root: Path) -> str:
-    """``readme`` with every region made anew from the results under ``root``.
+    """``readme``, the text of a page, with every region made anew from the results under ``root``.
 
     Raises:
         ConfigError: a region that no function here fills.
@@ -124,16 +125,48 @@ def _cost(what: str, peer: float, ours: float) -> str:
     return f"| {what} | {peer:.3g} | {ours:.3g} | {f'{peer / ours:.3g}' if ours else ''} |"
 
 
-_TABLES: Mapping[str, Callable[[Path], str]] = {"demo": _demo, "plain_speed": _plain_speed, "retrieval": _retrieval}
+def _packed_speed(root: Path) -> str:
+    rows = ["| dtype | arm | one token | packed is faster by (range) |", "|---|---|---|---|"]
+    sources = []
+    for dtype in ("bfloat16", "float32"):
+        result = _load(root, f"packed_speed_{dtype}")
+        for arm, times in result["step_ms"].items():
+            ratio = result["speedup_of_packed_over"].get(arm)
+            text = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""
+            rows.append(f"| {dtype} | {arm} | {times['median_ms']:.0f} ms | {text} |")
+        sources.append(_source(f"packed_speed_{dtype}", result))
+    return "\n".join(rows) + "\n\n" + "\n".join(sources)
+
+
+def _step_sizes(root: Path) -> str:
+    names = {"engine": "dense", "engine packed": "packed", "engine strict": "strict"}
+    results = {dtype: _load(root, f"packed_speed_{dtype}") for dtype in ("bfloat16", "float32")}
+    curves = {dtype: result["target_ms_by_tokens_in_the_step"] for dtype, result in results.items()}
+    sizes = list(curves["float32"]["engine"])
+    rows = [f"| target step, ms, by tokens in it | {' | '.join(sizes)} |", "|---|" + "---|" * len(sizes)]
+    for dtype, arms in curves.items():
+        for arm, times in arms.items():
+            rows.append(f"| {dtype}, {names[arm]} | {' | '.join(f'{times[size]:.0f}' for size in sizes)} |")
+    return "\n".join(rows) + "\n"
+
+
+_TABLES: Mapping[str, Callable[[Path], str]] = {
+    "demo": _demo,
+    "plain_speed": _plain_speed,
+    "retrieval": _retrieval,
+    "packed_speed": _packed_speed,
+    "step_sizes": _step_sizes,
+}
 
 
 def main() -> None:
-    """Rewrite the README in place."""
-    path = _ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = render(before, _ROOT)
-    path.write_text(after, encoding="utf-8")
-    sys.stderr.write(f"README.md {'rewritten' if after != before else 'is up to date'}\n")
+    """Rewrite the pages in place."""
+    for name in PAGES:
+        path = _ROOT / name
+        before = path.read_text(encoding="utf-8")
+        after = render(before, _ROOT)
+        path.write_text(after, encoding="utf-8")
+        sys.stderr.write(f"{name} {'rewritten' if after != before else 'is up to date'}\n")
 
 
 if __name__ == "__main__":

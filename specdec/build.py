@@ -30,6 +30,7 @@ from specdec.rope import freeze_rope
 from specdec.routes import Route, choose_route
 from specdec.sampling import Sampler
 from specdec.strict import require_same_bits, require_strict_path
+from specdec.threads import usable_cores
 from specdec.tree_target import TreeTarget, kv_bytes_per_token
 from specdec.verifier.match import MatchVerifier
 from specdec.verifier.ratio_rules import RULES
@@ -197,6 +198,15 @@ def may_pack(model: PreTrainedModel, config: EngineConfig) -> bool:
     return obstacle is None
 
 
+def _warn_of_threads(device: torch.device) -> None:
+    cores, threads = usable_cores(), torch.get_num_threads()
+    if device.type == "cpu" and threads > cores:
+        logger.warning(
+            "torch runs %d threads on %d usable cores, which makes every step slower: torch.set_num_threads(%d)",
+            threads, cores, cores,
+        )  # fmt: skip
+
+
 def _require_one_device(model: PreTrainedModel) -> None:
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
@@ -249,6 +259,7 @@ def build_engine(
     """
     config = EngineConfig.of(**options)
     is_packed = may_pack(model, config)
+    _warn_of_threads(model.device)
     if verifier not in VERIFIERS:
         raise ConfigError(f"verifier must be one of {', '.join(VERIFIERS)}, got {verifier!r}")
     if controller is not None and budget is not None:

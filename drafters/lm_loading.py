@@ -24,6 +24,7 @@ __all__ = ["load_layer_parallel", "load_lm", "load_model", "same_tokens"]
 
 logger = logging.getLogger(__name__)
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _MAX_LENGTH = 32_768  # for models that state no limit
 
 
@@ -141,6 +142,9 @@ def _tokenizer_of(path: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside a model, or None."""
     import transformers
 
+    # Without files transformers makes an empty tokenizer of the model's kind, which would look like another one.
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        return None
     try:
         tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, AttributeError):

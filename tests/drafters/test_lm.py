@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from specdec.build import VERIFIERS, build_engine, name_drafter
 from specdec.drafters.checkpoint import CheckpointDrafter, parse_name
@@ -119,6 +119,18 @@ def test_without_room_in_its_cache_it_guesses_less_and_the_text_stays(target: Ll
     outputs = last_outputs(engine, requests())
     assert texts(outputs) == plain
     assert engine.drafter.model.num_used == 0  # type: ignore[attr-defined]
+
+
+def test_a_draft_model_without_tokenizer_files_shares_the_targets_tokens(
+    target: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    config = Qwen3Config(
+        vocab_size=257, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=128,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    with build_engine(target, f"lm:{tmp_path}", tokenizer=byte_tokenizer()) as engine:
+        assert isinstance(engine.drafter, LmDrafter)
 
 
 def test_a_short_context_of_the_draft_model_ends_its_guesses_not_the_text(target: LlamaForCausalLM) -> None:

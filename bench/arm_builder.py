@@ -9,6 +9,7 @@ import copy
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from specdec.bench.arms import Arm, EngineArm, EngineFactory, GenerateArm, Job, JobResult
 from specdec.bench.results_schema import at_load
 from specdec.bench.scripted import scripted_engine
-from specdec.build import DRAFTERS, build_engine, model_max_length
+from specdec.build import CHECKPOINT_DRAFTERS, DRAFTERS, build_engine, model_max_length
 from specdec.errors import ConfigError, UnsupportedError
 from specdec.protocols import DrafterNeeds
 from specdec.rope import freeze_rope
@@ -26,7 +27,7 @@ from specdec.types import DraftTree, RequestState, StepEvent
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["PEERS", "TEXT_DRAFTERS", "ArcticDrafter", "arm_names", "build_arms", "build_simulated_arms"]
+__all__ = ["PEERS", "TEXT_DRAFTERS", "ArcticDrafter", "arm_names", "build_arms", "build_simulated_arms", "short_name"]
 
 _OTHER_ENGINES = ("generate", "prompt-lookup", "assisted")
 PEERS = (*_OTHER_ENGINES, "arctic")
@@ -102,7 +103,7 @@ class _Absent:
 
 
 def arm_names() -> list[str]:
-    """Every name that ``build_arms`` knows."""
+    """Every name that ``build_arms`` knows, beside ``KIND:PATH`` of checkpoints."""
     return ["plain", *sorted(name for name in DRAFTERS if name != "none"), *PEERS]
 
 
@@ -167,10 +168,23 @@ def _check(names: Sequence[str]) -> None:
         raise ConfigError(f"arms must have different names, got {', '.join(names)}")
     for name in names:
         base, _, number = name.partition("@")
-        if base not in arm_names():
-            raise ConfigError(f"arm must be one of {', '.join(arm_names())}, got {name!r}")
+        if base not in arm_names() and not _is_checkpoint(base):
+            kinds = ", ".join(f"{kind}:PATH" for kind in sorted(CHECKPOINT_DRAFTERS))
+            raise ConfigError(f"arm must be one of {', '.join(arm_names())}, {kinds}, got {name!r}")
         if "@" in name and not (number.isdecimal() and int(number) >= 1):
             raise ConfigError(f"the number behind @ must be a budget >= 1, got {name!r}")
+
+
+def _is_checkpoint(base: str) -> bool:
+    kind, _, path = base.partition(":")
+    return kind in CHECKPOINT_DRAFTERS and bool(path)
+
+
+def short_name(name: str) -> str:
+    """An arm's name without the folder of its checkpoint: where that lies is nobody's business."""
+    base, mark, number = name.partition("@")
+    kind, colon, path = base.partition(":")
+    return f"{kind}{colon}{Path(path).name}{mark}{number}"
 
 
 def _peer(name: str, model: PreTrainedModel, assistant: Any) -> Arm:
@@ -186,7 +200,7 @@ def _peer(name: str, model: PreTrainedModel, assistant: Any) -> Arm:
 
 def _ours(name: str, make: EngineFactory, budget: int | None, concurrency: int) -> Arm:
     base, _, number = name.partition("@")
-    full = at_load(name, f"x{concurrency}" if concurrency > 1 else "")
+    full = at_load(short_name(name), f"x{concurrency}" if concurrency > 1 else "")
     options: Mapping[str, Any] = {"budget": int(number) if number else budget, "concurrency": concurrency}
     if base == "plain":
         return EngineArm(full, make, "none", **{**options, "budget": 0})

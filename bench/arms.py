@@ -17,8 +17,9 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from specdec.bench.forcing import ForcedResponse
-from specdec.build import build_drafter
+from specdec.build import name_drafter
 from specdec.controller import BackoffController, FixedController
+from specdec.drafters.checkpoint import CheckpointDrafter
 from specdec.errors import UnsupportedError
 from specdec.types import IntArray, Request, RequestState, SamplingParams, StepEvent, StepTrace
 
@@ -151,14 +152,16 @@ class EngineArm:
         )
         self._count = 0
 
-    def _fresh_drafter(self) -> Drafter:
+    def _fresh_drafter(self) -> Drafter | CheckpointDrafter:
         if not isinstance(self._drafter, str):
             made: Drafter = self._drafter()
             return made
-        return build_drafter(self._drafter, **self._drafter_options)
+        return name_drafter(self._drafter, **self._drafter_options)
 
     def reset(self) -> None:
-        self._engine.drafter = self._fresh_drafter()
+        fresh = self._fresh_drafter()
+        if not isinstance(fresh, CheckpointDrafter):  # those have weights, and nothing of earlier requests
+            self._engine.drafter = fresh
         warmup = getattr(self._engine.drafter, "warmup", None)
         if warmup is not None:
             warmup()

@@ -38,6 +38,7 @@ def html_report(result: BenchResult) -> str:
         _figure("Cost of a target step", _cost(result), _CAPTIONS["cost"]),
         _figure("Break-even", _break_even(result), _CAPTIONS["break-even"]),
     ]
+    sections.append(_parts(result))
     if len(sources) > 1:
         sections += [_table(result, source) for source in sources]
     sections.append(_provenance(result))
@@ -57,7 +58,7 @@ def _header(result: BenchResult) -> str:
     facts = [
         f"{result.workload.num_calls} calls, {result.workload.prompt_tokens:,} prompt and "
         f"{result.workload.response_tokens:,} recorded answer tokens",
-        f"{len({row.round for row in result.rows})} rounds, arms in turns call by call",
+        f"timed rounds: {result.settings.get('rounds', 1)}; arms in turns",
     ]
     if model is not None:
         weights = "random weights" if model.has_random_weights else "its own weights"
@@ -83,6 +84,16 @@ def _table(result: BenchResult, source: str) -> str:
         return ""
     name = "All sources" if source == ALL else source
     return f"<section><h2>{escape(name)}</h2>{_html_table(result_table(result, source=source))}</section>"
+
+
+def _parts(result: BenchResult) -> str:
+    """Where the time of a token goes, for the arms that show it."""
+    pooled = [s for s in result.summaries if s.source == ALL and s.parts_ms_per_token]
+    if not pooled:
+        return ""
+    names = list(dict.fromkeys(name for s in pooled for name in s.parts_ms_per_token))
+    rows = [["arm", *names], *([s.arm, *(f"{s.parts_ms_per_token.get(n, 0):.3f}" for n in names)] for s in pooled)]
+    return f"<section><h2>Milliseconds per token</h2>{_html_table(rows)}</section>"
 
 
 def _html_table(rows: Table) -> str:

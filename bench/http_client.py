@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
+from specdec.bench.traces import messages_of
 from specdec.errors import ConfigError
 
 if TYPE_CHECKING:
     import httpx
 
-__all__ = ["Answer", "Endpoint", "ask", "messages_of", "request_body"]
+__all__ = ["Answer", "Endpoint", "ask", "request_body"]
 
 Api = Literal["completions", "chat"]
 _PATHS: Mapping[Api, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
@@ -75,24 +76,6 @@ class Answer:
     output_tokens: int | None = None
     speculation: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
-
-
-def messages_of(parts: Sequence[str | tuple[int, ...]]) -> list[dict[str, str]]:
-    """The messages that recorded prompt parts were rendered from; a part without a frame is the user's.
-
-    Raises:
-        ConfigError: a part is token ids, which a chat cannot carry.
-    """
-    messages = []
-    for part in parts:
-        if not isinstance(part, str):
-            raise ConfigError("a prompt of token ids has no messages: use the completions api")
-        head, _, content = part.partition("\n")
-        if head.startswith("<|") and head.endswith("|>"):
-            messages.append({"role": head[2:-2], "content": content.removesuffix("\n")})
-        else:
-            messages.append({"role": "user", "content": part})
-    return messages
 
 
 def request_body(endpoint: Endpoint, parts: Sequence[str | tuple[int, ...]], **options: Any) -> dict[str, Any]:

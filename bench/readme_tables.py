@@ -1,4 +1,4 @@
-"""Writes the numbers of the README and of docs/performance.md from the committed results: none is typed by hand.
+"""Writes the numbers of README and docs from the committed results: none is typed by hand.
 
     python -m specdec.bench.readme_tables
 
@@ -14,13 +14,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from specdec.bench.result_tables import live_table, replay_table, simulation_table
 from specdec.errors import ConfigError, LoadError
 
 __all__ = ["PAGES", "render"]
 
 _ROOT = Path(__file__).resolve().parents[1]
 _RESULTS = Path("bench/results")
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/benchmarks.md")
+_REPLAYS = tuple(f"replay_{group}_{dtype}" for group in ("agents", "controls") for dtype in ("bfloat16", "float32"))
 _REGION = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -150,12 +152,20 @@ def _step_sizes(root: Path) -> str:
     return "\n".join(rows) + "\n"
 
 
+def _of_bench(make: Callable[..., str], *names: str, link: str = "../bench/results", **options: Any) -> Any:
+    return lambda root: make(root / _RESULTS, *names, link=link, **options)
+
+
 _TABLES: Mapping[str, Callable[[Path], str]] = {
     "demo": _demo,
     "plain_speed": _plain_speed,
     "retrieval": _retrieval,
     "packed_speed": _packed_speed,
     "step_sizes": _step_sizes,
+    "replay": _of_bench(replay_table, *_REPLAYS, link=str(_RESULTS), by_source=False),
+    "replay_by_source": _of_bench(replay_table, *_REPLAYS, by_source=True),
+    "simulate": _of_bench(simulation_table, "simulate"),
+    "live": _of_bench(live_table, "live"),
 }
 
 

@@ -19,8 +19,7 @@ from specdec.bench.energy import EnergyMeter
 from specdec.bench.loaders import OpenTurn
 from specdec.bench.metrics import make_row
 from specdec.bench.results_schema import Row, StepMark, Warmth
-from specdec.bench.traces import Encode
-from specdec.bench.workload import WorkItem, Workload
+from specdec.bench.workload import Render, WorkItem, Workload
 from specdec.errors import ConfigError, InternalError, SpecdecError
 from specdec.types import IntArray
 
@@ -47,7 +46,7 @@ class Plan:
         warmth: cold forgets before every call, self-warmed before every source, warmed learns ``training`` then.
         training: answered calls for warmed stores; a source learns from its own, if there are any.
         decode: tokens to text, for live answers that later prompts quote.
-        encode: text to tokens, likewise.
+        render: prompts to tokens, likewise.
     """
 
     is_live: bool = False
@@ -61,7 +60,7 @@ class Plan:
     warmth: Warmth = "self-warmed"
     training: Sequence[WorkItem] = ()
     decode: Callable[[Sequence[int]], str] | None = None
-    encode: Encode | None = None
+    render: Render | None = None
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -88,6 +87,7 @@ def run_rounds(
     *,
     done_rows: Iterable[Row] = (),
     done_failures: Iterable[str] = (),
+    done_timeline: Sequence[StepMark] = (),
     on_step: Callable[[Run], None] | None = None,
 ) -> Run:
     """Run all rounds; Ctrl-C ends the run with what there is.
@@ -98,11 +98,13 @@ def run_rounds(
         plan: how.
         done_rows: of an earlier, interrupted run of the same work: sources that a round finished are kept.
         done_failures: arms that failed in it.
+        done_timeline: of its first episode, kept with its source.
         on_step: called after every call of every round, with the run so far.
     """
     expected = Counter(item.source for item in work.items)
     rows, done = _whole_parts(list(done_rows), {arm.name for arm in arms} - set(done_failures), expected)
-    run = Run(rows=rows)
+    is_drawn = (0, work.items[0].source) in done
+    run = Run(rows=rows, timeline=list(done_timeline) if is_drawn else [])
     runner = _Runner(list(arms), work, plan, run)
     todo = [(n, source) for n in range(plan.rounds) for source in expected if (n, source) not in done]
     try:
@@ -210,19 +212,17 @@ class _Runner:
         """The prompt, its open turns filled with what was answered to the earlier calls of the episode."""
         if item.parts is None:
             return item.prompt_ids
-        if self.plan.encode is None or self.plan.decode is None:
+        if self.plan.render is None or self.plan.decode is None:
             raise ConfigError("traces without recorded answers need a tokenizer")
         items = self.work.items
         earlier = [i for i in range(index) if (items[i].source, items[i].trace) == (item.source, item.trace)]
         gaps = [part for part in item.parts if isinstance(part, OpenTurn)]
         answers = iter([self.expected.get(i, []) for i in earlier[-len(gaps) :]])
-        ids: list[int] = []
-        for part in item.parts:
-            if isinstance(part, OpenTurn):
-                ids += self.plan.encode(part.filled(self.plan.decode(next(answers, []))))
-            else:
-                ids += self.plan.encode(part) if isinstance(part, str) else part
-        return np.array(ids, dtype=np.int32)
+        parts = [
+            part.filled(self.plan.decode(next(answers, []))) if isinstance(part, OpenTurn) else part
+            for part in item.parts
+        ]
+        return np.array(self.plan.render(parts), dtype=np.int32)
 
     def _record(self, arm: Arm, number: int, index: int, item: WorkItem, job: Job, done: JobResult) -> None:
         expected: Sequence[int] | None = item.response_ids.tolist()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from specdec.bench.arm_builder import build_arms, build_simulated_arms
+from specdec.bench.arm_builder import build_arms, build_simulated_arms, short_name
 from specdec.bench.arms import Arm, EngineArm
 from specdec.bench.cost_curve import cost_curve
 from specdec.bench.guards import OthersLoad, guard
@@ -25,7 +25,7 @@ from specdec.bench.replay import Plan, Run, run_rounds
 from specdec.bench.results_schema import ArmInfo, BenchResult, SourceFile, Warmth, at_load, read_result, write_result
 from specdec.bench.targets import Target
 from specdec.bench.traces import Encode
-from specdec.bench.workload import Limits, Workload, built_in_calls
+from specdec.bench.workload import Limits, Parts, Render, Workload, built_in_calls, template_of
 from specdec.build import model_max_length
 from specdec.errors import ConfigError
 
@@ -52,6 +52,7 @@ class BenchOptions:
         per_episode: calls of each episode, evenly spaced; 0 = all.
         max_prompt: tokens; 0 = all.
         max_response: tokens; 0 = all.
+        chat_template: prompts are put into the tokenizer's own; else into a neutral frame.
         held_out: measure only the half of the episodes that nothing shipped was chosen on; warmed stores may then learn
             from the other half.
         train_calls: of each source, for warmed stores; 0 = all.
@@ -74,6 +75,7 @@ class BenchOptions:
     per_episode: int = 0
     max_prompt: int = 0
     max_response: int = 0
+    chat_template: bool = False
     held_out: bool = False
     train_calls: int = 0
     seed: int = 0
@@ -101,8 +103,17 @@ class BenchOptions:
             raise ConfigError("stores that forget before every call cannot serve several at a time: not with cold")
 
 
-def make_workload(paths: Sequence[Path], encode: Encode, options: BenchOptions, *, format: str = "auto") -> Workload:
+def make_workload(
+    paths: Sequence[Path], encode: Encode, options: BenchOptions, *, format: str = "auto", tokenizer: Any = None
+) -> Workload:
     """The calls of the traces; without any, edits of this machine's own standard library.
+
+    Args:
+        paths: trace files and folders.
+        encode: text to token ids, without special tokens.
+        options: how much is taken.
+        format: of the traces.
+        tokenizer: for its chat template.
 
     Raises:
         LoadError: a trace cannot be read.
@@ -110,14 +121,16 @@ def make_workload(paths: Sequence[Path], encode: Encode, options: BenchOptions, 
     """
     half = 1 if options.held_out else None
     limits = Limits(options.calls, options.max_prompt, options.max_response, half, options.per_episode)
+    render = template_of(tokenizer) if options.chat_template else None
     if paths:
         return Workload.from_paths(
-            paths, encode, limits, is_strict=options.strict, needs_response=options.mode != "live", format=format
-        )
+            paths, encode, limits, is_strict=options.strict, needs_response=options.mode != "live", format=format,
+            render=render,
+        )  # fmt: skip
     count = options.calls or _BUILT_IN_CALLS
     return Workload.of(
         [("stdlib-edits", lambda: built_in_calls(count, seed=options.seed))], encode, limits, skips=Skips(),
-        files=[SourceFile(source="stdlib-edits", name="built-in")],
+        files=[SourceFile(source="stdlib-edits", name="built-in")], render=render,
     )  # fmt: skip
 
 
@@ -185,9 +198,12 @@ def run_bench(
             arms, work, _plan(target, options, training, words), on_step=saver.step,
             done_rows=before.rows if before else (),
             done_failures=[arm.name for arm in before.arms if arm.failure] if before else (),
+            done_timeline=before.timeline if before else (),
         )  # fmt: skip
         others = watch.cores()
         _take(result, run, options)
+        if before is not None and before.rows:
+            result.energy_j = {}  # what was counted before the interruption belongs to calls that were done anew
         engines = [arm.engine for arm in arms if isinstance(arm, EngineArm) and arm.concurrency == 1]
         if engines and target is not None and not run.is_partial:
             result.cost_curve = cost_curve(engines[0], work)
@@ -250,8 +266,24 @@ def _plan(target: Target | None, options: BenchOptions, training: Workload | Non
         warmth=options.warmth,
         training=training.items if training is not None else (),
         decode=None if tokenizer is None else lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-        encode=None if tokenizer is None else lambda text: tokenizer.encode(text, add_special_tokens=False),
+        render=_renderer(tokenizer, options),
     )
+
+
+def _renderer(tokenizer: Any, options: BenchOptions) -> Render | None:
+    """Prompts to token ids, for those that quote live answers."""
+    if tokenizer is None:
+        return None
+    if options.chat_template:
+        return template_of(tokenizer)
+
+    def render(parts: Parts) -> list[int]:
+        ids: list[int] = []
+        for part in parts:
+            ids += tokenizer.encode(part, add_special_tokens=False) if isinstance(part, str) else part
+        return ids
+
+    return render
 
 
 def _empty_result(target: Target | None, work: Workload, options: BenchOptions, arms: Sequence[Arm]) -> BenchResult:
@@ -261,7 +293,7 @@ def _empty_result(target: Target | None, work: Workload, options: BenchOptions, 
         {
             "mode": options.mode,
             "environment": environment(),
-            "settings": json.loads(json.dumps(asdict(options))),  # as it will be read again
+            "settings": json.loads(json.dumps({**asdict(options), "arms": [*map(short_name, options.arms)]})),
             "workload": work.info().model_dump(),
             "model": None if target is None else target.info.model_dump(),
             "references": [name for name in _REFERENCES if name in names] or names[:1],

@@ -149,11 +149,14 @@ def compare_table(first: BenchResult, second: BenchResult) -> tuple[Table, list[
             doubts.append(f"the model's {name} differs: {mine} and {other}")
     doubts += [f"{label} is flagged {flag.code}: {flag.message}" for label, result in (("A", first), ("B", second))
                for flag in result.flags]  # fmt: skip
-    rows: Table = [["source", "arm", "A tokens/s", "B tokens/s", "B / A", "A length", "B length"]]
+    is_timed = "simulate" not in (first.mode, second.mode)
+    heads = ["A tokens/s", "B tokens/s", "B / A", "A length", "B length"]
+    rows: Table = [["source", "arm", *(heads if is_timed else ["A length", "B length", "B / A"])]]
     for mine_summary in first.summaries:
         theirs = second.summary(mine_summary.arm, mine_summary.source)
         if theirs is not None:
-            rows.append(_compared(mine_summary, theirs))
+            figures = _compared(mine_summary, theirs) if is_timed else _lengths(mine_summary, theirs)
+            rows.append([mine_summary.source, mine_summary.arm, *figures])
     if len(rows) == 1:
         raise ConfigError("the two results have no arm and source in common")
     return rows, doubts
@@ -161,17 +164,22 @@ def compare_table(first: BenchResult, second: BenchResult) -> tuple[Table, list[
 
 def _compared(a: Summary, b: Summary) -> list[str]:
     if not a.num_runs or not b.num_runs:
-        return [a.source, a.arm, *("failed" if not s.num_runs else "" for s in (a, b)), "", "", ""]
+        return [*("failed" if not s.num_runs else "" for s in (a, b)), "", "", ""]
     ratio = b.tokens_per_s / a.tokens_per_s
     # Rounds are the repetitions: where their ranges overlap, the difference may be noise.
     rounds_a, rounds_b = a.tokens_per_s_by_round, b.tokens_per_s_by_round
     is_clear = min(rounds_b) > max(rounds_a) or max(rounds_b) < min(rounds_a)
     return [
-        a.source,
-        a.arm,
         f"{a.tokens_per_s:.1f}",
         f"{b.tokens_per_s:.1f}",
         f"{ratio:.2f}x" + ("" if is_clear else " ~"),
         _length(a.acceptance_length),
         _length(b.acceptance_length),
     ]
+
+
+def _lengths(a: Summary, b: Summary) -> list[str]:
+    """Of a simulation, whose clock says nothing."""
+    lengths = a.acceptance_length, b.acceptance_length
+    ratio = "" if None in lengths else f"{(b.acceptance_length or 0) / (a.acceptance_length or 1):.2f}x"
+    return [*map(_length, lengths), ratio]

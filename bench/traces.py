@@ -22,9 +22,18 @@ from typing import Any, TextIO, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from specdec.errors import LoadError
+from specdec.errors import ConfigError, LoadError
 
-__all__ = ["Call", "Encode", "TokenCall", "calls_of_line", "episode_half", "read_calls", "tokenize_calls"]
+__all__ = [
+    "Call",
+    "Encode",
+    "TokenCall",
+    "calls_of_line",
+    "episode_half",
+    "messages_of",
+    "read_calls",
+    "tokenize_calls",
+]
 
 IntArray: TypeAlias = npt.NDArray[np.int32]
 Encode: TypeAlias = Callable[[str], Sequence[int]]
@@ -57,6 +66,24 @@ class TokenCall:
 def _rendered(message: Mapping[str, Any]) -> str:
     # A neutral frame: which chat template the provider used is not in the logs.
     return f"<|{message.get('role', 'user')}|>\n{message.get('content') or ''}\n"
+
+
+def messages_of(parts: Sequence[str | tuple[int, ...]]) -> list[dict[str, str]]:
+    """The messages that recorded prompt parts were rendered from; a part without a frame is the user's.
+
+    Raises:
+        ConfigError: a part is token ids, which a chat cannot carry.
+    """
+    messages = []
+    for part in parts:
+        if not isinstance(part, str):
+            raise ConfigError("a prompt of token ids has no messages: a chat needs text")
+        head, _, content = part.partition("\n")
+        if head.startswith("<|") and head.endswith("|>"):
+            messages.append({"role": head[2:-2], "content": content.removesuffix("\n")})
+        else:
+            messages.append({"role": "user", "content": part})
+    return messages
 
 
 def _text_or_ids(value: Any, name: str) -> str | tuple[int, ...]:

@@ -7,16 +7,30 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from specdec.bench.loaders import OpenTurn, Skips, load_calls, trace_files
 from specdec.bench.results_schema import SourceFile, WorkloadInfo
-from specdec.bench.traces import Call, Encode, episode_half
+from specdec.bench.traces import Call, Encode, episode_half, messages_of
 from specdec.errors import ConfigError
 from specdec.types import IntArray
 
-__all__ = ["Limits", "WorkItem", "Workload", "built_in_calls", "fingerprint", "source_name"]
+__all__ = [
+    "Limits",
+    "Parts",
+    "Render",
+    "WorkItem",
+    "Workload",
+    "built_in_calls",
+    "fingerprint",
+    "source_name",
+    "template_of",
+]
+
+Parts: TypeAlias = Sequence[str | tuple[int, ...]]
+Render: TypeAlias = Callable[[Parts], Sequence[int]]
 
 _CHUNK = 1 << 20
 _NO_IDS = np.empty(0, dtype=np.int32)
@@ -70,6 +84,7 @@ class Workload:
         *,
         files: Sequence[SourceFile] = (),
         skips: Skips | None = None,
+        render: Render | None = None,
     ) -> Workload:
         """Calls of several sources, tokenized.
 
@@ -79,13 +94,14 @@ class Workload:
             limits: how much is taken of each.
             files: for the record.
             skips: that the sources count into.
+            render: whole prompts to token ids, in place of their parts one by one.
 
         Raises:
             ConfigError: no call is left.
         """
         items: list[WorkItem] = []
         for name, calls in sources:
-            items += _taken(name, calls(), encode, limits)
+            items += _taken(name, calls(), encode, limits, render)
         if not items:
             why = f"; passed over: {skips}" if skips is not None and skips.counts else ""
             raise ConfigError(f"the traces hold no call that can be used{why}")
@@ -94,7 +110,7 @@ class Workload:
     @classmethod
     def from_paths(
         cls, paths: Sequence[Path], encode: Encode, limits: Limits, *, is_strict: bool = False,
-        needs_response: bool = True, format: str = "auto",
+        needs_response: bool = True, format: str = "auto", render: Render | None = None,
     ) -> Workload:  # fmt: skip
         """The calls of trace files and folders; each path is a source, of a folder of JSON Lines each file is one."""
         skips = Skips(is_strict=is_strict)
@@ -107,7 +123,7 @@ class Workload:
                 name = source_name(unit)
                 sources.append((name, _opener(unit, skips, format, needs_response)))
                 files += [fingerprint(name, file) for file in trace_files(unit)]
-        return cls.of(sources, encode, limits, files=files, skips=skips)
+        return cls.of(sources, encode, limits, files=files, skips=skips, render=render)
 
     def info(self) -> WorkloadInfo:
         """What the result file says about it."""
@@ -124,6 +140,28 @@ class Workload:
             skipped=dict(self.skips.counts),
             tokens_sha256=digest.hexdigest(),
         )
+
+
+def template_of(tokenizer: Any) -> Render:
+    """Prompts in a tokenizer's own chat template, ready for the answer.
+
+    Raises:
+        ConfigError: it has none; when a prompt is rendered: the template refuses it.
+    """
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("the tokenizer has no chat template")
+
+    def render(parts: Parts) -> Sequence[int]:
+        messages = messages_of(parts)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever a template raises
+            roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+            raise ConfigError(f"the chat template refuses messages of {roles}: {error}") from error
+        ids: Sequence[int] = tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    return render
 
 
 def source_name(path: Path) -> str:
@@ -160,7 +198,9 @@ def fingerprint(source: str, file: Path) -> SourceFile:
     return SourceFile(source=source, name=file.name, nbytes=file.stat().st_size, sha256=digest.hexdigest())
 
 
-def _taken(name: str, calls: Iterator[Call], encode: Encode, limits: Limits) -> Iterator[WorkItem]:
+def _taken(
+    name: str, calls: Iterator[Call], encode: Encode, limits: Limits, render: Render | None
+) -> Iterator[WorkItem]:
     """Episodes until there are enough calls; the last episode may be cut short."""
     cache: dict[str, IntArray] = {}
     trace: str | None = None
@@ -173,7 +213,7 @@ def _taken(name: str, calls: Iterator[Call], encode: Encode, limits: Limits) -> 
         if call.trace != trace:
             cache.clear()  # a message is tokenized once per episode, however often it is sent
             trace = call.trace
-        yield _item(name, call, encode, limits, cache)
+        yield _item(name, call, encode, limits, render, cache)
 
 
 def _spaced(episode: list[Call], limits: Limits) -> list[Call]:
@@ -182,7 +222,9 @@ def _spaced(episode: list[Call], limits: Limits) -> list[Call]:
     return [episode[(2 * part + 1) * len(episode) // (2 * count)] for part in range(count)]
 
 
-def _item(name: str, call: Call, encode: Encode, limits: Limits, cache: dict[str, IntArray]) -> WorkItem:
+def _item(
+    name: str, call: Call, encode: Encode, limits: Limits, render: Render | None, cache: dict[str, IntArray]
+) -> WorkItem:
     def ids_of(part: str | tuple[int, ...]) -> IntArray:
         if not isinstance(part, str):
             return np.array(part, dtype=np.int32)
@@ -191,7 +233,10 @@ def _item(name: str, call: Call, encode: Encode, limits: Limits, cache: dict[str
         return cache[part]
 
     has_gaps = any(isinstance(part, OpenTurn) for part in call.parts)
-    prompt = np.concatenate([_NO_IDS, *(ids_of(part) for part in call.parts)])
+    if render is not None:
+        prompt = np.array(render(call.parts), dtype=np.int32)
+    else:
+        prompt = np.concatenate([_NO_IDS, *(ids_of(part) for part in call.parts)])
     response = ids_of(call.response)
     if limits.prompt_tokens:
         prompt = prompt[-limits.prompt_tokens :]

@@ -47,7 +47,7 @@ class _ByMode(TyperGroup):
 
 app = typer.Typer(
     cls=_ByMode,
-    help="Measure on recorded traffic. Without a command: `run`; with --parts: `retrieval`.",
+    help="Measure on recorded traffic. Without a command, --mode serve is `serve`, --parts is `retrieval`, else `run`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -99,6 +99,9 @@ def run(
     max_prompt: Annotated[int, typer.Option("--max-prompt", min=0, help="Tokens kept at a prompt's end; 0: all.")] = 0,
     max_response: Annotated[int, typer.Option("--max-response", min=0, help="Tokens of an answer; 0: all.")] = 0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Of a live answer.")] = 128,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Put prompts into the tokenizer's own template.")
+    ] = False,
     slo: Annotated[str | None, typer.Option("--slo", help="TTFT,TPOT in milliseconds, for goodput.")] = None,
     format: Annotated[str, typer.Option("--format", help="Of the traces; auto: told from their keys.")] = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="The first faulty record is an error.")] = False,
@@ -117,7 +120,7 @@ def run(
         rounds=rounds or (1 if is_simulated else 3), budget=budget, warmth=warmth,  # type: ignore[arg-type]
         max_new_tokens=max_new_tokens, calls=calls, per_episode=per_episode, max_prompt=max_prompt,
         max_response=max_response, seed=seed,
-        temperature=temperature, top_p=top_p, held_out=held_out, train_calls=train_calls,
+        temperature=temperature, top_p=top_p, held_out=held_out, train_calls=train_calls, chat_template=chat_template,
         concurrency=numbers("concurrency", concurrency, int),
         keep_rows=not compact, slo_ms=slo_of(slo), strict=strict,
     )  # fmt: skip
@@ -128,7 +131,7 @@ def run(
         return words.encode(text, add_special_tokens=False)
 
     with printing.status("reading the traces"):
-        work = make_workload(traces or [], encode, options, format=format)
+        work = make_workload(traces or [], encode, options, format=format, tokenizer=words)
         training = make_training(train or [], traces or [], encode, options, format=format)
     if work.skips.counts:
         printing.note(f"passed over: {work.skips}")

@@ -8,7 +8,7 @@ import pytest
 from specdec.bench.arms import JobResult
 from specdec.bench.guards import guard
 from specdec.bench.metrics import distinct_ngrams, make_row, speedup_interval, summarize
-from specdec.bench.results_schema import ArmInfo, BenchResult, WorkloadInfo
+from specdec.bench.results_schema import ArmInfo, BenchResult, WorkloadInfo, at_load
 from tests.bench.rows import row
 
 
@@ -71,6 +71,48 @@ def test_lengths_and_speeds_are_totals_and_the_other_definitions_stand_beside():
     assert by_arm["plain"].speedups == {}
     assert fast.tpot_ms.p50 == pytest.approx(1e3 * np.median([0.15 / 9, 2.9 / 29]))
     assert fast.acceptance_rate is None  # nothing shown
+
+
+def test_decoding_is_also_measured_without_the_prompt():
+    rows = [
+        row("plain", first_token_s=0.4),
+        row("fast", first_token_s=0.4, first_tokens=4, seconds=0.6),
+    ]
+    (plain, fast, *_) = summarize(rows, ["plain"])
+    assert plain.decode_tokens_per_s == pytest.approx(9 / 0.6)
+    assert fast.decode_tokens_per_s == pytest.approx(6 / 0.2)
+    assert fast.decode_speedups["plain"].value == pytest.approx(2.0)
+    assert fast.speedups["plain"].value == pytest.approx(1 / 0.6)
+    alone = summarize([row("plain", output_tokens=1, seconds=0.1)], ["plain"])[0]
+    assert alone.decode_tokens_per_s is None  # nothing came behind the first token
+
+
+def test_overlapping_requests_are_counted_by_the_wall_clock_and_compared_round_by_round():
+    def crowd(arm: str, wall: float, number: int):
+        return [
+            row(at_load(arm, "x2"), load="x2", round=number, call=0, start_s=0.0, seconds=wall),
+            row(at_load(arm, "x2"), load="x2", round=number, call=1, start_s=wall / 2, seconds=wall / 2),
+        ]
+
+    rows = [one for n in range(2) for one in (*crowd("plain", 4.0, n), *crowd("fast", 2.0 - n, n))]
+    by_arm = {s.arm: s for s in summarize(rows, ["plain"]) if s.source == "s"}
+    plain, fast = by_arm["plain x2"], by_arm["fast x2"]
+    assert plain.tokens_per_s == pytest.approx(40 / 8)  # 20 tokens in 4 seconds, twice; the calls' own sum is 12
+    assert plain.requests_per_s == pytest.approx(4 / 8)
+    assert fast.tokens_per_s_by_round == pytest.approx([10, 20])
+    assert fast.speedups["plain"].value == pytest.approx((40 / 3) / 5)
+    assert (fast.speedups["plain"].low, fast.speedups["plain"].high) == pytest.approx((2.0, 4.0))
+    assert fast.decode_speedups == {}
+
+
+def test_failed_requests_count_nowhere_but_among_the_errors():
+    rows = [row(), row(call=1, error="timeout", output_tokens=0, seconds=99.0), row(call=2, error="HTTP 500")]
+    (summary, _) = summarize(rows, ["plain"])
+    assert summary.errors == {"timeout": 1, "HTTP 500": 1}
+    assert (summary.num_runs, summary.tokens_per_s) == (1, 10.0)
+    (none, _) = summarize(rows[1:], ["plain"])
+    assert (none.num_runs, none.tokens_per_s, none.acceptance_length) == (0, 0.0, None)
+    assert codes(result_of(rows)) == ["few-runs", "failed-requests"]
 
 
 def test_goodput_counts_requests_within_both_limits():

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
-
 from specdec.bench.html_report import html_report
 from specdec.bench.metrics import summarize
 from specdec.bench.results_schema import Flag, StepMark
-from tests.bench.chromium import Browser, executable
 from tests.bench.rows import row
 from tests.bench.test_metrics import result_of
+from tests.browser import browser_page, needs_chromium
 
-needs_browser = pytest.mark.skipif(executable() is None, reason="Chromium is not installed: apt-get install chromium")
+pytestmark = needs_chromium
 
 # Every box of text, with its words; boxes of one another's ancestors do not count, nor cells behind a scroll bar.
 OVERLAPS = """
@@ -90,15 +88,14 @@ def full_result():
     return result
 
 
-@needs_browser
 def test_the_page_is_quiet_and_nothing_overlaps_at_any_width_or_scheme(tmp_path):
     page = tmp_path / "report.html"
     page.write_text(html_report(full_result()), encoding="utf-8")
     keep = Path(os.environ.get("SPECDEC_SCREENSHOTS", tmp_path))  # a folder of yours, to look at them
-    with Browser(tmp_path / "profile") as browser:
+    with browser_page() as browser:
         for width in (1280, 390):
             for dark in (False, True):
-                browser.open(page, width=width, dark=dark)
+                browser.open(page.as_uri(), width=width, dark=dark)
                 assert browser.run("document.querySelectorAll('svg').length") == 5
                 assert browser.run("document.documentElement.scrollWidth") <= width
                 assert browser.run(OVERLAPS) == [], (width, dark)
@@ -108,10 +105,9 @@ def test_the_page_is_quiet_and_nothing_overlaps_at_any_width_or_scheme(tmp_path)
                 back = browser.run("getComputedStyle(document.body).backgroundColor")
                 assert (back == "rgb(255, 255, 255)") is not dark
                 browser.screenshot(keep / f"report-{width}-{'dark' if dark else 'light'}.png")
-        assert browser.trouble == []
+        assert browser.problems == []
 
 
-@needs_browser
 def test_the_checks_would_see_trouble(tmp_path):
     page = tmp_path / "bad.html"
     page.write_text(
@@ -120,10 +116,10 @@ def test_the_checks_would_see_trouble(tmp_path):
         "<h2 style='position:absolute;top:12px'>two</h2><li style='color:#eee'>pale</li>"
         "<h2 style='position:absolute;left:2000px'>far</h2><script>console.error('x'); nothing()</script>"
     )
-    with Browser(tmp_path / "profile") as browser:
-        browser.open(page, width=390, dark=False)
+    with browser_page() as browser:
+        browser.open(page.as_uri(), width=390, dark=False)
         assert "one | two" in browser.run(OVERLAPS)
         assert browser.run(OUTSIDE) == ["far"]
         assert browser.run(CONTRAST) < 4.5
         browser.run("1")
-        assert len(browser.trouble) == 2
+        assert len(browser.problems) == 2

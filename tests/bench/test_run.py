@@ -78,6 +78,14 @@ def test_replay_gives_every_arm_the_same_work_and_an_error_free_result(target, t
     assert {mark.call for mark in result.timeline} == {0, 1}  # the first episode
     assert result.workload.files[0].name == "copies.jsonl"
     assert "/" not in json.dumps(result.workload.model_dump())
+    assert result.memory["peak_process"] > 50e6  # bytes: torch alone takes more
+    assert set(ngram.parts_ms_per_token) == {"draft", "target", "verify", "commit", "host"}
+    assert sum(ngram.parts_ms_per_token.values()) == pytest.approx(1e3 / ngram.tokens_per_s)
+    assert ngram.decode_tokens_per_s > 0
+    assert {"date", "command", "commit", "cpu", "cores", "packages", "torch_threads"} <= set(result.environment)
+    assert result.settings["seed"] == 0
+    assert result.model.dtype == "float32"
+    assert len(result.workload.files[0].sha256) == 64
 
 
 def test_live_outputs_are_compared_with_the_baselines(target, traces, monkeypatch):
@@ -138,6 +146,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_resumes_from_whole_rounds(targ
     assert not whole.is_partial
     assert len(whole.rows) == 3 * 8
     assert whole.rows[:8] == partial.rows[:8]  # measured before the interruption, kept
+    assert whole.timeline == partial.timeline != []
     with pytest.raises(ConfigError, match="holds another run: its settings differs"):
         run_bench(target, work, options(arms=("plain",), rounds=3), output=output, resume=True)
 
@@ -288,6 +297,16 @@ def test_arctics_tree_drafts_inside_our_engine(target, traces):
     assert cache.text == [*item.prompt_ids.tolist(), *item.response_ids.tolist()]
 
 
+def test_a_draft_model_is_an_arm_and_its_folder_is_not_written_down(target, traces, tmp_path):
+    target.model.save_pretrained(tmp_path / "small")
+    chosen = options(mode="live", arms=("plain", f"lm:{tmp_path / 'small'}@3"), max_new_tokens=12, rounds=1)
+    result = run_bench(target, make_workload([traces], encode, chosen), chosen)
+    assert [arm.name for arm in result.arms] == ["plain", "lm:small@3"]
+    assert all(row.same_output for row in result.rows)
+    assert result.summary("lm:small@3").acceptance_rate > 0.9  # it drafts for itself
+    assert str(tmp_path) not in result.model_dump_json()
+
+
 def test_every_name_builds_an_arm(target):
     names = [name for name in arm_names() if name not in ("suffix", "lookahead", "recycling")]
     assert sorted(arm.name for arm in build_arms(names, target.model, kv_tokens=100)) == sorted(names)
@@ -399,6 +418,24 @@ def test_warmed_stores_learn_the_half_that_is_not_measured(traces, tmp_path):
         make_training([], [file], encode, options(warmth="warmed"))
     with pytest.raises(ConfigError, match="are for warmed stores"):
         make_training([file], [], encode, options())
+
+
+def test_prompts_may_be_put_into_the_models_own_template(target, tmp_path):
+    words = byte_tokenizer()
+    with pytest.raises(ConfigError, match="has no chat template"):
+        make_workload([], encode, options(chat_template=True), tokenizer=words)
+    words.chat_template = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}>"
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"question_id": 1, "category": "c", "turns": ["one?", "two?"]}) + "\n")
+    chosen = options(mode="live", arms=("plain",), chat_template=True, rounds=1, max_new_tokens=5)
+    work = make_workload([file], encode, chosen, tokenizer=words)
+    assert TOKENIZER.decode(work.items[0].prompt_ids) == "[user:one?]>"
+    result = run_bench(target, work, chosen, tokenizer=words)
+    around = len(encode("[user:one?][assistant:][user:two?]>"))
+    assert around < [row for row in result.rows if row.call == 1][0].prompt_tokens  # with the live answer in it
+    words.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(ConfigError, match="refuses messages of user: never"):
+        make_workload([file], encode, chosen, tokenizer=words)
 
 
 def test_calls_may_be_spread_over_episodes(tmp_path):

@@ -10,11 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from specdec.bench.arrivals import Arrival
-from specdec.bench.http_client import Endpoint, messages_of, request_body
+from specdec.bench.http_client import Endpoint, request_body
 from specdec.bench.results_schema import read_result
 from specdec.bench.serve import Load, poisson_load, trace_load
 from specdec.bench.serve_run import ServeOptions, make_loads, make_questions, run_serve
 from specdec.bench.tables import result_table
+from specdec.bench.traces import messages_of
 from specdec.cli import app
 from specdec.errors import ConfigError
 from tests.bench.http_server import running
@@ -161,7 +162,7 @@ def test_chats_get_their_messages_back_and_keys_go_into_the_header_only(tmp_path
     chat = Endpoint("n", "https://host/v1/", "m", "chat", "secret")
     assert chat.address == "https://host/v1/chat/completions"
     assert "secret" not in repr(chat)
-    with pytest.raises(ConfigError, match="use the completions api"):
+    with pytest.raises(ConfigError, match="a chat needs text"):
         request_body(chat, ((1, 2),))
     assert request_body(Endpoint("n", "http://h", "m"), ((1, 2), (3,)))["prompt"] == [1, 2, 3]
     with pytest.raises(ConfigError, match="not a mixture"):

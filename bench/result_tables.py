@@ -31,7 +31,7 @@ def replay_table(folder: Path, *names: str, by_source: bool, link: str) -> str:
     notes = []
     for name in names:
         result = read_result(folder / f"{name}.json")
-        notes.append(_origin(name, result, link))
+        notes.append(_origin(name, result, link, has_command=by_source))
         dtype = result.model.dtype if result.model is not None else ""
         sources = list(dict.fromkeys(s.source for s in result.summaries if s.source != ALL))
         if _POOLED in name:
@@ -87,15 +87,15 @@ def live_table(folder: Path, name: str, *, link: str) -> str:
     return markdown_table(result_table(result)) + "\n" + _origin(name, result, link)
 
 
-def _origin(name: str, result: BenchResult, link: str) -> str:
+def _origin(name: str, result: BenchResult, link: str, *, has_command: bool = True) -> str:
     where = result.environment
     packages = where["packages"]
     doubts = sorted({flag.code for flag in result.flags})
+    command = f" made by `{where['command']}`;" if has_command else ""
     versions = f"torch {packages['torch']}, transformers {packages['transformers']}"
     return (
         f"[`{name}.json`]({link}/{name}.json): {where['cores']} cores of {where['cpu']}, {versions}, "
-        f"{where['date'][:10]}, {_work(result)}; made by `{where['command']}`; "
-        f"flags: {', '.join(doubts) or 'none'}.\n\n"
+        f"{where['date'][:10]}, {_work(result)};{command} flags: {', '.join(doubts) or 'none'}.\n\n"
     )
 
 

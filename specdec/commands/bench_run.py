@@ -9,6 +9,7 @@ specdec bench report result.json --html report.html
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,17 +120,13 @@ def run(
         mode=mode, arms=tuple(filter(None, (arms or _DEFAULT_ARMS[is_simulated]).split(","))),
         rounds=rounds or (1 if is_simulated else 3), budget=budget, warmth=warmth,  # type: ignore[arg-type]
         max_new_tokens=max_new_tokens, calls=calls, per_episode=per_episode, max_prompt=max_prompt,
-        max_response=max_response, seed=seed,
-        temperature=temperature, top_p=top_p, held_out=held_out, train_calls=train_calls, chat_template=chat_template,
-        concurrency=numbers("concurrency", concurrency, int),
+        max_response=max_response, seed=seed, temperature=temperature, top_p=top_p, held_out=held_out,
+        train_calls=train_calls, chat_template=chat_template, concurrency=numbers("concurrency", concurrency, int),
         keep_rows=not compact, slo_ms=slo_of(slo), strict=strict,
     )  # fmt: skip
     target, words = _target(is_simulated, model, shape, tokenizer, dtype, device)
     helper = None if assistant is None else load_model(assistant, dtype=dtype, device=device).model
-
-    def encode(text: str) -> Any:
-        return words.encode(text, add_special_tokens=False)
-
+    encode = _encoder(words)
     with printing.status("reading the traces"):
         work = make_workload(traces or [], encode, options, format=format, tokenizer=words)
         training = make_training(train or [], traces or [], encode, options, format=format)
@@ -142,6 +139,10 @@ def run(
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     finish(result, out)
+
+
+def _encoder(words: Any) -> Callable[[str], Any]:
+    return lambda text: words.encode(text, add_special_tokens=False)
 
 
 def _tokenizer(name: str | None) -> Any:

@@ -25,6 +25,7 @@ PAGES = ("README.md", "docs/performance.md", "docs/benchmarks.md")
 _REPLAYS = (
     "replay_agents_bfloat16",
     "replay_agents_float32",
+    "replay_controls_bfloat16",
 )
 _REGION = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -303,7 +303,7 @@ def test_a_draft_model_is_an_arm_and_its_folder_is_not_written_down(target, trac
     result = run_bench(target, make_workload([traces], encode, chosen), chosen)
     assert [arm.name for arm in result.arms] == ["plain", "lm:small@3"]
     assert all(row.same_output for row in result.rows)
-    assert result.summary("lm:small@3").acceptance_length > 2  # it drafts for itself, with side branches
+    assert result.summary("lm:small@3").acceptance_length > 1.5  # it drafts for itself, with side branches
     assert str(tmp_path) not in result.model_dump_json()
 
 

@@ -160,6 +160,24 @@ def _of_bench(make: Callable[..., str], *names: str, link: str = "../bench/resul
     return lambda root: make(root / _RESULTS, *names, link=link, **options)
 
 
+def _serve_speed(root: Path) -> str:
+    result = _load(root, "serve_speed")
+    rows = ["| traffic | streams | plain | n-gram | suffix | same tokens |", "|---|---|---|---|---|---|"]
+    for traffic, cases in result["traffic"].items():
+        for streams, figures in cases.items():
+            cells = [f"{figures['plain']['tokens_per_s']:.0f}/s"]
+            for arm in ("ngram", "suffix"):
+                own = figures[arm]
+                low, high = own["speedup_range"]
+                cells.append(f"{own['tokens_per_s']:.0f}/s, {own['speedup']:.2f}x ({low:.2f} to {high:.2f})")
+            same = "yes" if figures["same_tokens"] else "no"
+            rows.append(f"| {traffic} | {streams} | {' | '.join(cells)} | {same} |")
+    http = result["http"]
+    rows += ["", f"HTTP adds {http['per_token_us']:.0f} us per streamed token and {http['per_request_us'] / 1e3:.1f} ms "
+             "per request."]  # fmt: skip
+    return "\n".join(rows) + "\n\n" + _source("serve_speed", result)
+
+
 _TABLES: Mapping[str, Callable[[Path], str]] = {
     "demo": _demo,
     "plain_speed": _plain_speed,
@@ -170,6 +188,7 @@ _TABLES: Mapping[str, Callable[[Path], str]] = {
     "replay_by_source": _of_bench(replay_table, *_REPLAYS, by_source=True),
     "simulate": _of_bench(simulation_table, "simulate"),
     "live": _of_bench(live_table, "live"),
+    "serve_speed": _serve_speed,
 }
 
 

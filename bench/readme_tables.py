@@ -173,8 +173,8 @@ def _serve_speed(root: Path) -> str:
             same = "yes" if figures["same_tokens"] else "no"
             rows.append(f"| {traffic} | {streams} | {' | '.join(cells)} | {same} |")
     http = result["http"]
-    rows += ["", f"HTTP adds {http['per_token_us']:.0f} us per streamed token and {http['per_request_us'] / 1e3:.1f} ms "
-             "per request."]  # fmt: skip
+    token_us, request_ms = http["per_token_us"], http["per_request_us"] / 1e3
+    rows += ["", f"HTTP adds {token_us:.0f} us per streamed token and {request_ms:.1f} ms per request."]
     return "\n".join(rows) + "\n\n" + _source("serve_speed", result)
 
 

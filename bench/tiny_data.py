@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from specdec.bench.edit_tasks import make_task, snippets, source_files
 from specdec.errors import ConfigError, LoadError
 
-__all__ = ["SPECIAL_TOKENS", "Corpus", "Mixture", "RowStream", "load_corpus", "train_tokenizer"]
+__all__ = ["PAD", "SPECIAL_TOKENS", "Corpus", "Mixture", "RowStream", "load_corpus", "train_tokenizer"]
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|user|>", "<|assistant|>")
 BOS, EOS, PAD, USER, ASSISTANT = range(5)
@@ -153,6 +153,16 @@ class RowStream:
             if len(piece[0]) <= room:
                 return piece
         return None
+
+    def edits(self, step: int, count: int, size: tuple[int, int]) -> list[tuple[list[int], list[int]]]:
+        """Return (prompt, answer) token ids of edits whose source has a size in characters within ``size``."""
+        rng, found = random.Random(f"edits-{self._seed}-{step}"), list[tuple[list[int], list[int]]]()
+        while len(found) < count:
+            path, snippet = rng.choice(self._corpus.snippets)
+            task = make_task(rng, path, snippet) if size[0] < len(snippet) < size[1] else None
+            if task is not None:
+                found.append(([BOS, USER, *self._encode(task.user), ASSISTANT], self._encode(task.answer)))
+        return found
 
     def _drill(self, room: int, mixture: Mixture) -> Piece | None:
         """A span of random tokens to repeat: copying by position and content alone, no help from the language."""

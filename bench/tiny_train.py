@@ -26,7 +26,7 @@ from specdec.bench import tiny_attention
 from specdec.bench.edit_tasks import stdlib_root
 from specdec.bench.tiny_data import SPECIAL_TOKENS, Corpus, Mixture, RowStream, load_corpus, train_tokenizer
 from specdec.bench.tiny_init import init_induction
-from specdec.bench.tiny_loops import loop_loss, loop_rows
+from specdec.bench.tiny_loops import DURING_DECAY, FINISH, Lesson, answer_rows, loop_loss, loop_rows
 from specdec.errors import ConfigError
 
 __all__ = ["TrainPlan", "Trainer", "export_model", "main", "new_model"]
@@ -48,9 +48,15 @@ class TrainPlan:
     seed: int = 0
     lengths: tuple[tuple[int, float], ...] = ((512, 0.5), (1024, 0.35), (2048, 0.15))  # row length, share of steps
     loop_every: int = 3  # steps between two lessons against the model's own loops, once the decay has begun
+    finish_steps: int = 90  # after the decay: every step with lessons on plain code and on answers
+    finish_rate: float = 0.5  # factor of all rates at the start of the finish; falls to 0
+    # The exported weights are a mean of three: of the start, which copies; after the decay, which knows code; after the
+    # finish, which does not loop. The mean does each nearly as well as the one that does it best.
+    average: tuple[float, float, float] = (0.3, 0.28, 0.42)
     mimetic: bool = True
     mixture: Mixture = Mixture()
     decay_mixture: Mixture = Mixture(edit=0.85, plain=0.1, prose=0.0, drill=0.05, prompt_weight=0.2)
+    finish_mixture: Mixture = Mixture(edit=0.75, plain=0.2, prose=0.0, drill=0.05, prompt_weight=0.2)
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.tokens_per_step < max(length for length, _ in self.lengths):
@@ -132,6 +138,7 @@ class Trainer:
         self._loop_prompts = RowStream(corpus, tokenizer, seed=plan.seed + 1)
         self._heldout_rows = RowStream(heldout, tokenizer, seed=plan.seed)
         self.optimizers = _optimizers(self.model, plan)
+        self.decayed: dict[str, torch.Tensor] | None = None  # the weights at the end of the decay
 
     def _loss(self, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weighted mean loss and, per position, whether the next token was predicted."""
@@ -142,7 +149,14 @@ class Trainer:
         hit = logits.argmax(-1).flatten() == ids[:, 1:].flatten()
         return (losses * wanted).sum() / wanted.sum(), hit
 
+    @property
+    def last_step(self) -> int:
+        """Steps of the whole schedule, the finish included."""
+        return self.stop_at + self.plan.finish_steps
+
     def _rate(self) -> float:
+        if self.step >= self.stop_at:
+            return self.plan.finish_rate * (self.last_step - self.step) / max(1, self.plan.finish_steps)
         if self.step < self.plan.warmup:
             return (self.step + 1) / self.plan.warmup
         left = (self.stop_at - self.step) / max(1, self.stop_at - self.decay_from)
@@ -164,8 +178,7 @@ class Trainer:
         """Take one optimizer step and return its loss."""
         started = time.monotonic()
         length = self._length()
-        mixture = self.plan.decay_mixture if self.step >= self.decay_from else self.plan.mixture
-        rows = self._rows.rows(self.step, self.plan.tokens_per_step // length, length, mixture)
+        rows = self._rows.rows(self.step, self.plan.tokens_per_step // length, length, self._mixture())
         ids, weights = torch.from_numpy(rows[0]).long(), torch.from_numpy(rows[1])
         total = 0.0
         parts = max(1, self.plan.tokens_per_step // 4096)  # micro-batches keep activations in a few hundred MB
@@ -173,7 +186,7 @@ class Trainer:
             loss, _ = self._loss(some, some_weights)
             torch.autograd.backward(loss / parts)
             total += loss.item() / parts
-        if self.step >= self.decay_from and self.step % self.plan.loop_every == 0:
+        if self.step >= self.stop_at or (self.step >= self.decay_from and self.step % self.plan.loop_every == 0):
             self._unlearn_loops()
         rate = self._rate()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -183,17 +196,29 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        if self.step == self.stop_at:
+            self.decayed = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.seconds += min(_PAUSE_SECONDS, time.monotonic() - started)
         return total
 
+    def _mixture(self) -> Mixture:
+        if self.step >= self.stop_at:
+            return self.plan.finish_mixture
+        return self.plan.decay_mixture if self.step >= self.decay_from else self.plan.mixture
+
     def _unlearn_loops(self) -> None:
         """Add the gradient of the unlikelihood of this step's own loops."""
-        self.model.set_attn_implementation("sdpa")  # the training attention has no cache
-        ids, mask = loop_rows(self.model, self._loop_prompts, self.step)
+        self.model.set_attn_implementation("sdpa")  # the training attention has no cache and no padding
+        is_finish = self.step >= self.stop_at
+        shape = FINISH if is_finish else DURING_DECAY
+        lessons: list[Lesson] = [loop_rows(self.model, self._loop_prompts, self.step, shape)]
+        if is_finish:
+            lessons.append(answer_rows(self.model, self._loop_prompts, self.step))
+        for lesson in lessons:
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = self.model(input_ids=lesson.ids, attention_mask=lesson.attention, use_cache=False).logits
+            torch.autograd.backward(loop_loss(logits, lesson))
         self.model.set_attn_implementation(tiny_attention.NAME)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = self.model(input_ids=ids, use_cache=False).logits
-        torch.autograd.backward(loop_loss(logits, ids, mask))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -218,10 +243,21 @@ class Trainer:
             self.decay_from = self.step
             self.stop_at = min(self.plan.steps, round(self.step / (1 - _DECAY_SHARE)))
 
+    def averaged(self) -> Any:
+        """The model to export: the weighted mean of start, end of the decay, and present weights."""
+        model = new_model(self.model.config.vocab_size, seed=self.plan.seed, mimetic=self.plan.mimetic)
+        now = self.model.state_dict()
+        sources = (model.state_dict(), self.decayed or now, now)
+        weights = self.plan.average
+        mean = {name: sum(w * source[name] for w, source in zip(weights, sources, strict=True)) for name in now}
+        model.load_state_dict(mean)
+        return model
+
     def save(self, path: Path) -> None:
         """Write everything a resumed run needs, at once or not at all."""
         state = {
             "model": self.model.state_dict(),
+            "decayed": self.decayed,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "clock": (self.step, self.seconds, self.decay_from, self.stop_at),
         }
@@ -232,6 +268,7 @@ class Trainer:
         """Take over a state that ``save`` wrote for the same plan."""
         state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
+        self.decayed = state["decayed"]
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.seconds, self.decay_from, self.stop_at = state["clock"]
@@ -241,10 +278,10 @@ def _run(trainer: Trainer, work: Path, max_minutes: float, save_minutes: float, 
     """Train to the end of the schedule; ``work`` receives the loss curve and the checkpoints."""
     curve, checkpoint = work / "curve.jsonl", work / "checkpoint.pt"
     saved = trainer.seconds
-    while trainer.step < trainer.stop_at:
+    while trainer.step < trainer.last_step:
         loss = trainer.train_step()
         trainer.limit(max_minutes)
-        last = trainer.step == trainer.stop_at
+        last = trainer.step == trainer.last_step
         if trainer.step % 10 == 0 or last:
             row: dict[str, float] = {"step": trainer.step, "seconds": round(trainer.seconds), "loss": round(loss, 4)}
             if trainer.step % 100 == 0 or trainer.step == 10 or last:
@@ -303,7 +340,7 @@ def main(
         typer.echo(f"resumed at step {trainer.step}")
     if not only_export:
         _run(trainer, work, max_minutes, save_minutes, typer.echo)
-    export_model(trainer.model, _tokenizer(corpus, work, 4096), out)
+    export_model(trainer.averaged(), _tokenizer(corpus, work, 4096), out)
     _write_curve(work, out, plan)
 
 

@@ -12,11 +12,12 @@ different continuations are merged by prefix into a tree, whose nodes are taken 
 
 The value of a node is the product, along its path, of acceptance rates. A rate belongs to a cell: how many tokens the
 copy had in common with the text before this node (once the path above is accepted, that is match length + depth - 1),
-and how many siblings were taken before it. Rates are running counts over all requests of the drafter, with a prior.
+and how many siblings were taken before it. Rates are running counts over all requests of a tenant, with a prior.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,6 +35,7 @@ _PRIOR_WEIGHT = 8.0  # observations that the prior counts for
 # What a step leaves of older observations: half after 700 steps. So rates follow a change of text, and a rate so low
 # that nothing is drafted on it any more returns to its prior and is tried again.
 _KEPT = 0.999
+_MAX_TENANTS = 1024  # whose rates are remembered, 1 KB each
 # Room that a request gets beyond its prompt at once; an index that outgrows it is doubled.
 _MAX_INITIAL_ROOM = 4096
 
@@ -49,12 +51,35 @@ def _prior_rates() -> FloatArray:
     return np.where(rank == 0, first, (1 - first) * 0.2 * 0.8 ** (rank - 1)).astype(np.float32).ravel()
 
 
+class _Rates:
+    """Acceptance rates that one tenant's requests share. Nobody else's drafts tell of them."""
+
+    __slots__ = ("_hits", "_prior", "_tries", "values")
+
+    def __init__(self) -> None:
+        self._prior = _prior_rates()
+        self._tries = np.zeros_like(self._prior)
+        self._hits = np.zeros_like(self._prior)
+        self.values = self._prior.copy()  # [cells] float32
+
+    def count(self, nodes: IntArray, truth: IntArray) -> None:
+        """Count what became of a draft; see ``count_outcomes``."""
+        count_outcomes(nodes, truth, self._tries, self._hits)
+
+    def refresh(self) -> None:
+        """Make the rates of the counts, then let the counts fade."""
+        self.values = (self._hits + _PRIOR_WEIGHT * self._prior) / (self._tries + _PRIOR_WEIGHT)
+        self._tries *= _KEPT
+        self._hits *= _KEPT
+
+
 class _Index:
     """What the drafter keeps of one request."""
 
-    __slots__ = ("drafted", "latest", "num_indexed", "previous")
+    __slots__ = ("drafted", "latest", "num_indexed", "previous", "rates")
 
-    def __init__(self, num_orders: int, capacity: int) -> None:
+    def __init__(self, rates: _Rates, num_orders: int, capacity: int) -> None:
+        self.rates = rates
         self.drafted: IntArray | None = None  # nodes of the last tree, until its outcome is observed
         self.allocate(num_orders, capacity)
 
@@ -113,16 +138,17 @@ class NgramDrafter:
         self._min_value = float(min_value)
         self._limits = (max_candidates, max_branches)
         self._indexes: dict[str, _Index] = {}
-        self._prior = _prior_rates()
-        self._tries = np.zeros((MAX_MATCH + 1) * NUM_RANKS, dtype=np.float32)
-        self._hits = np.zeros((MAX_MATCH + 1) * NUM_RANKS, dtype=np.float32)
-        self._rates = self._prior.copy()
+        self._rates: OrderedDict[str, _Rates] = OrderedDict()  # by tenant, the one that was served last at the end
 
     def start(self, states: Sequence[RequestState]) -> None:
         for state in states:
             room = min(state.request.sampling.max_new_tokens, _MAX_INITIAL_ROOM)
-            self._indexes[state.request_id] = index = _Index(self._num_orders, state.num_tokens + room)
+            rates = self._rates.setdefault(state.request.tenant, _Rates())
+            self._rates.move_to_end(state.request.tenant)
+            self._indexes[state.request_id] = index = _Index(rates, self._num_orders, state.num_tokens + room)
             self._catch_up(index, state)
+        while len(self._rates) > _MAX_TENANTS:  # a live request goes on with the rates that it holds
+            self._rates.popitem(last=False)
 
     def propose(self, states: Sequence[RequestState], budgets: Sequence[int]) -> list[DraftTree]:
         trees = []
@@ -137,24 +163,27 @@ class NgramDrafter:
             token_ids = self._catch_up(index, state)
             copies = find_copies(token_ids, index.previous, self._min_n, self._limits)
             limits = (int(budget), self._max_depth, self._min_value)
-            nodes, values = grow_tree(token_ids, copies, limits, self._rates)
+            nodes, values = grow_tree(token_ids, copies, limits, index.rates.values)
             if nodes.shape[1] > 1:
                 index.drafted = nodes
             trees.append(DraftTree(nodes[0], nodes[1], values))
         return trees
 
     def observe(self, events: Sequence[StepEvent]) -> None:
-        self._tries *= _KEPT
-        self._hits *= _KEPT
         # The tree that was verified may be a pruned or fused one; what the target chose judges our own tree as well.
+        touched: dict[int, _Rates] = {}
         for event in events:
             index = self._indexes.get(event.state.request_id)
-            if index is None or index.drafted is None:
+            if index is None:
+                continue
+            rates = touched.setdefault(id(index.rates), index.rates)
+            if index.drafted is None:
                 continue
             truth = np.append(event.result.accepted_ids, np.int32(event.result.bonus_id)).astype(np.int32, copy=False)
-            count_outcomes(index.drafted, truth, self._tries, self._hits)
+            rates.count(index.drafted, truth)
             index.drafted = None
-        self._rates = (self._hits + _PRIOR_WEIGHT * self._prior) / (self._tries + _PRIOR_WEIGHT)
+        for rates in touched.values():
+            rates.refresh()
 
     def stop(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
@@ -168,11 +197,11 @@ class NgramDrafter:
     def warmup(self) -> None:
         """Compile everything, so that no request waits for it."""
         text = np.zeros(4, dtype=np.int32)
-        index = _Index(self._num_orders, len(text))
+        index = _Index(_Rates(), self._num_orders, len(text))
         extend(text, 0, self._min_n, index.latest, index.previous)
         copies = find_copies(text, index.previous, self._min_n, self._limits)
-        nodes, _ = grow_tree(text, copies, (1, self._max_depth, self._min_value), self._rates)
-        count_outcomes(nodes, text[:1], self._tries.copy(), self._hits.copy())
+        nodes, _ = grow_tree(text, copies, (1, self._max_depth, self._min_value), index.rates.values)
+        index.rates.count(nodes, text[:1])
 
     def _catch_up(self, index: _Index, state: RequestState) -> npt.NDArray[np.int32]:
         """Index the committed tokens that are new, and return all."""

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from specdec.bench import tiny_train
+from specdec.bench import tiny_loops, tiny_train
 from specdec.bench.tiny_data import load_corpus, train_tokenizer
+from specdec.bench.tiny_loops import answer_rows, loop_rows
 from specdec.bench.tiny_train import Trainer, TrainPlan, export_model, new_model
 from specdec.errors import ConfigError
 
@@ -68,6 +69,40 @@ def test_the_decay_has_lessons_against_loops_and_its_own_mixture(parts, plan):
     assert trainer.model.config._attn_implementation == "specdec_block_causal"
 
 
+def test_the_finish_has_both_kinds_of_lesson_in_every_step(parts, monkeypatch):
+    plan = TrainPlan(steps=4, tokens_per_step=128, warmup=2, lengths=((64, 0.5), (128, 0.5)), finish_steps=2)
+    trainer = Trainer(plan, *parts)
+    trainer.step = trainer.stop_at
+    calls = []
+    monkeypatch.setattr(tiny_train, "loop_rows", lambda *a: (calls.append("plain"), loop_rows(*a))[1])
+    monkeypatch.setattr(tiny_train, "answer_rows", lambda *a: (calls.append("answer"), answer_rows(*a))[1])
+    monkeypatch.setattr(tiny_loops, "_SNIPPET", (50, 1000))
+    assert (trainer.last_step, trainer._rate()) == (6, 0.5)
+    for _ in range(2):
+        assert trainer.train_step() > 0
+    assert calls == ["plain", "answer"] * 2
+    assert trainer._rate() == 0.0
+    assert weights(trainer).isfinite().all()
+
+
+def test_what_is_exported_is_the_stated_mean(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_loops, "_SNIPPET", (50, 1000))
+    plan = TrainPlan(steps=2, tokens_per_step=128, warmup=1, lengths=((64, 0.5), (128, 0.5)), finish_steps=1)
+    trainer = Trainer(plan, *parts)
+    start = weights(trainer)
+    trainer.train_step()
+    trainer.train_step()
+    decayed = weights(trainer)
+    trainer.save(tmp_path / "checkpoint.pt")
+    trainer = Trainer(plan, *parts)
+    trainer.resume(tmp_path / "checkpoint.pt")
+    trainer.train_step()
+    mean = torch.cat([p.detach().flatten() for p in trainer.averaged().parameters()])
+    a, b, c = plan.average
+    torch.testing.assert_close(mean, a * start + b * decayed + c * weights(trainer))
+    assert not torch.equal(decayed, weights(trainer))
+
+
 def test_a_time_limit_starts_the_decay_early_and_only_once(parts, plan):
     trainer = Trainer(TrainPlan(steps=1000, tokens_per_step=128, lengths=((64, 1.0),)), *parts)
     trainer.step, trainer.seconds = 130, 65.0
@@ -89,7 +124,7 @@ def test_the_rate_warms_up_holds_and_decays_to_nothing(parts, plan):
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == rates[10] == rates[64] == 1.0
     assert 0 < rates[99] < 0.05
-    assert rates[100] == 0.0
+    assert rates[100] == 0.5  # the finish
 
 
 def test_an_export_loads_with_the_auto_classes_and_is_greedy(parts, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec.drafters._ngram_index import MAX_MATCH, NUM_RANKS
-from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.ngram import NgramDrafter, _Rates
 from specdec.errors import ConfigError, InternalError
 from specdec.protocols import Drafter
 from specdec.types import DraftTree, Request, RequestState, SamplingParams, StepEvent, VerifyResult
@@ -148,7 +148,7 @@ def test_trees_equal_those_of_a_full_search_however_the_text_arrived(
     [tree] = drafter.propose([state], [budget])
     tree.check(vocab_size=4)
     copies = ngram_copies(text, range(min_n, min_n + num_orders), branches + more_candidates, branches)
-    prior = NgramDrafter()._rates.reshape(MAX_MATCH + 1, NUM_RANKS)
+    prior = _Rates().values.reshape(MAX_MATCH + 1, NUM_RANKS)
     expected = ngram_paths(
         text,
         copies,
@@ -210,7 +210,7 @@ def test_values_follow_what_was_accepted() -> None:
     assert high > 0.95
     assert low < 0.35  # 200 hits in 600 tries, and the later count more
     for _ in range(20000):
-        drafter.observe([])
+        drafter.observe([event(state, [], 9)])
     assert value() == pytest.approx(prior, rel=1e-3)  # old observations are forgotten: what is not tried comes back
 
 
@@ -219,8 +219,8 @@ def test_the_token_after_the_accepted_path_is_learned_from_too() -> None:
     drafter.start([state])
     [tree] = drafter.propose([state], [2])
     drafter.observe([event(state, [], 3)])  # a pruned tree: the first node was right although nothing was accepted
-    tries = drafter._tries.reshape(MAX_MATCH + 1, NUM_RANKS)
-    hits = drafter._hits.reshape(MAX_MATCH + 1, NUM_RANKS)
+    tries = drafter._rates[""]._tries.reshape(MAX_MATCH + 1, NUM_RANKS)
+    hits = drafter._rates[""]._hits.reshape(MAX_MATCH + 1, NUM_RANKS)
     assert len(tree) == 3
     assert (tries[2, 0], hits[2, 0], tries[3, 0]) == (1, 1, 0)
 
@@ -231,11 +231,11 @@ def test_an_outcome_is_counted_once_and_never_for_a_tree_that_was_dropped() -> N
     drafter.propose([state], [2])
     drafter.propose([state], [0])  # the first tree was not verified
     drafter.observe([event(state, [3], 4)])
-    assert drafter._tries.sum() == 0
+    assert drafter._rates[""]._tries.sum() == 0
     drafter.propose([state], [1])
     drafter.observe([event(state, [3], 4)])
     drafter.observe([event(state, [3], 4)])
-    assert drafter._tries.sum() == pytest.approx(1, rel=0.01)
+    assert drafter._rates[""]._tries.sum() == pytest.approx(1, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_it_is_a_drafter_and_warmup_changes_nothing_it_learned() -> None:
     drafter = NgramDrafter()
     drafter.warmup()
     assert isinstance(drafter, Drafter)
-    assert drafter._tries.sum() == 0
+    assert drafter._rates[""]._tries.sum() == 0
     assert not drafter.needs.needs_match
 
 

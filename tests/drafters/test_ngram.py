@@ -222,7 +222,7 @@ def test_the_token_after_the_accepted_path_is_learned_from_too() -> None:
     tries = drafter._rates[""]._tries.reshape(MAX_MATCH + 1, NUM_RANKS)
     hits = drafter._rates[""]._hits.reshape(MAX_MATCH + 1, NUM_RANKS)
     assert len(tree) == 3
-    assert (tries[2, 0], hits[2, 0], tries[3, 0]) == (1, 1, 0)
+    assert (tries[2, 0], hits[2, 0], tries[3, 0]) == pytest.approx((1, 1, 0), rel=0.01)
 
 
 def test_an_outcome_is_counted_once_and_never_for_a_tree_that_was_dropped() -> None:
@@ -260,7 +260,7 @@ def test_it_is_a_drafter_and_warmup_changes_nothing_it_learned() -> None:
     drafter = NgramDrafter()
     drafter.warmup()
     assert isinstance(drafter, Drafter)
-    assert drafter._rates[""]._tries.sum() == 0
+    assert not drafter._rates
     assert not drafter.needs.needs_match
 
 

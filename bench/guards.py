@@ -21,6 +21,9 @@ _SLACK = 1.02  # the clock's own error when a speed-up is held against the accep
 _OTHERS_SHARE = 0.1  # of the cores: what a desktop at rest stays below
 
 
+_LEAST_WATCH_S = 0.1
+
+
 class OthersLoad:
     """How many cores other processes keep busy, from the kernel's counters; created when the watch begins."""
 
@@ -35,7 +38,8 @@ class OthersLoad:
         if busy is None or busy_before is None:
             return None
         others = (busy - busy_before) - (_own_s() - own_before)
-        return max(others, 0.0) / max(perf_counter() - began, 1e-9)
+        # The kernel counts in ticks, so a watch of less than a few of them would see all or nothing.
+        return max(others, 0.0) / max(perf_counter() - began, _LEAST_WATCH_S)
 
     def _busy_s(self) -> float | None:
         if not self._stat.exists():

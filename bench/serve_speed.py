@@ -42,7 +42,7 @@ _ARMS: Mapping[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
+class _Stream:
     """One streamed answer: seconds until the first token and until the end, and its token ids."""
 
     first_s: float
@@ -50,7 +50,7 @@ class Stream:
     token_ids: tuple[int, ...]
 
 
-async def _stream(client: httpx.AsyncClient, body: Mapping[str, Any]) -> Stream:
+async def _stream(client: httpx.AsyncClient, body: Mapping[str, Any]) -> _Stream:
     start, first, ids = perf_counter(), None, list[int]()
     async with client.stream("POST", "/v1/completions", json=body) as answer:
         answer.raise_for_status()
@@ -62,15 +62,15 @@ async def _stream(client: httpx.AsyncClient, body: Mapping[str, Any]) -> Stream:
                     first = first or perf_counter() - start
                     ids += choice["token_ids"]
     total = perf_counter() - start
-    return Stream(first or total, total, tuple(ids))
+    return _Stream(first or total, total, tuple(ids))
 
 
-async def _round(url: str, bodies: Sequence[Mapping[str, Any]], num_streams: int) -> tuple[float, list[Stream]]:
+async def _round(url: str, bodies: Sequence[Mapping[str, Any]], num_streams: int) -> tuple[float, list[_Stream]]:
     """Wall seconds, and every stream, with at most ``num_streams`` open at a time."""
     gate = asyncio.Semaphore(num_streams)
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:
 
-        async def one(body: Mapping[str, Any]) -> Stream:
+        async def one(body: Mapping[str, Any]) -> _Stream:
             async with gate:
                 return await _stream(client, body)
 
@@ -103,7 +103,7 @@ def _bodies(
 
 
 def _measure(url: str, prompts: Sequence[Sequence[int]], num_streams: int, args: Any) -> dict[str, Any]:
-    rounds: dict[str, list[tuple[float, list[Stream]]]] = {name: [] for name in _ARMS}
+    rounds: dict[str, list[tuple[float, list[_Stream]]]] = {name: [] for name in _ARMS}
     for index in range(args.repeats + 1):
         for name, speculative in _ARMS.items():
             # A user of its own for every round: what the suffix store learned from the same prompts is not reused.

@@ -35,7 +35,7 @@ def _event(value: object) -> str:
 
 def _app(recorder: Recorder, first_s: float, step_s: float) -> Starlette:
     async def pieces(text: str, num_tokens: int, is_chat: bool):
-        yield ": hello\n\n"  # a comment, as keep-alives are
+        yield ": hello\n\n"  # a comment, which keeps a connection alive
         recorder.alive += 1
         recorder.most_alive = max(recorder.most_alive, recorder.alive)
         try:

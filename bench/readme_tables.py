@@ -21,7 +21,7 @@ __all__ = ["PAGES", "render"]
 
 _ROOT = Path(__file__).resolve().parents[1]
 _RESULTS = Path("bench/results")
-PAGES = ("README.md", "docs/performance.md", "docs/benchmarks.md")
+PAGES = ("README.md", "docs/performance.md", "docs/benchmarks.md", "docs/serving.md")
 _REPLAYS = (
     "replay_agents_bfloat16",
     "replay_agents_float32",

@@ -21,6 +21,7 @@ __all__ = ["PAGES", "render"]
 
 _ROOT = Path(__file__).resolve().parents[1]
 _RESULTS = Path("bench/results")
+_FROM_DOCS = "../bench/results"
 PAGES = ("README.md", "docs/performance.md", "docs/benchmarks.md", "docs/serving.md")
 _REPLAYS = (
     "replay_agents_bfloat16",
@@ -55,13 +56,13 @@ def _load(root: Path, name: str) -> dict[str, Any]:
         raise LoadError(f"{path} does not exist: run the benchmark that writes it") from None
 
 
-def _source(name: str, result: Mapping[str, Any]) -> str:
+def _source(name: str, result: Mapping[str, Any], *, link: str = str(_RESULTS)) -> str:
     where = result["environment"]
     packages = where["packages"]
     versions = f"torch {packages['torch']}, transformers {packages['transformers']}"
     return (
         f"{where['cores']} cores of {where['cpu']}, {versions}, {where['date'][:10]}; "
-        f"[`{name}.json`]({_RESULTS}/{name}.json), made by `{where['command']}`.\n"
+        f"[`{name}.json`]({link}/{name}.json), made by `{where['command']}`.\n"
     )
 
 
@@ -140,7 +141,7 @@ def _packed_speed(root: Path) -> str:
             ratio = result["speedup_of_packed_over"].get(arm)
             text = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else ""
             rows.append(f"| {dtype} | {arm} | {times['median_ms']:.0f} ms | {text} |")
-        sources.append(_source(f"packed_speed_{dtype}", result))
+        sources.append(_source(f"packed_speed_{dtype}", result, link=_FROM_DOCS))
     return "\n".join(rows) + "\n\n" + "\n".join(sources)
 
 
@@ -156,7 +157,7 @@ def _step_sizes(root: Path) -> str:
     return "\n".join(rows) + "\n"
 
 
-def _of_bench(make: Callable[..., str], *names: str, link: str = "../bench/results", **options: Any) -> Any:
+def _of_bench(make: Callable[..., str], *names: str, link: str = _FROM_DOCS, **options: Any) -> Any:
     return lambda root: make(root / _RESULTS, *names, link=link, **options)
 
 
@@ -175,7 +176,7 @@ def _serve_speed(root: Path) -> str:
     http = result["http"]
     token_us, request_ms = http["per_token_us"], http["per_request_us"] / 1e3
     rows += ["", f"HTTP adds {token_us:.0f} us per streamed token and {request_ms:.1f} ms per request."]
-    return "\n".join(rows) + "\n\n" + _source("serve_speed", result)
+    return "\n".join(rows) + "\n\n" + _source("serve_speed", result, link=_FROM_DOCS)
 
 
 _TABLES: Mapping[str, Callable[[Path], str]] = {

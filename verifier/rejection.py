@@ -24,7 +24,7 @@ from specdec.rng import ACCEPT, RESIDUAL, gumbel, uniforms
 from specdec.types import DraftTree, IntArray, RequestState, TargetOutput, VerifyResult
 from specdec.verifier.ratio_rules import RULES
 
-__all__ = ["LawSampler", "RejectionVerifier", "laws_of"]
+__all__ = ["LawSampler", "RejectionVerifier", "laws_of", "scores_by_tree"]
 
 
 class LawSampler(Protocol):
@@ -41,6 +41,16 @@ class LawSampler(Protocol):
 
     def stop(self, request_ids: Sequence[str]) -> None:
         """Forget requests."""
+
+
+def scores_by_tree(
+    sampler: LawSampler, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput
+) -> list[Tensor]:
+    """The processed scores of every tree of a step: [N_r, V] float32 each."""
+    if not trees:
+        return []
+    sizes = np.diff(output.cu_nodes).tolist()
+    return list(sampler.scores(states, trees, output).split(sizes))
 
 
 def laws_of(scores: Tensor, *, is_greedy: bool) -> Tensor:
@@ -91,14 +101,8 @@ class RejectionVerifier:
     def verify(
         self, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput
     ) -> list[VerifyResult]:
-        if not trees:
-            return []
-        scores = self._sampler.scores(states, trees, output)
-        starts = output.cu_nodes.tolist()
-        return [
-            self._verify_one(state, tree, scores[starts[row] : starts[row + 1]])
-            for row, (state, tree) in enumerate(zip(states, trees, strict=True))
-        ]
+        scores = scores_by_tree(self._sampler, states, trees, output)
+        return [self._verify_one(*one) for one in zip(states, trees, scores, strict=True)]
 
     def _verify_one(self, state: RequestState, tree: DraftTree, scores: Tensor) -> VerifyResult:
         sampling = state.request.sampling

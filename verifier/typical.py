@@ -20,7 +20,7 @@ from specdec.errors import ConfigError
 from specdec.protocols import Draws
 from specdec.rng import TARGET, gumbel_argmax
 from specdec.types import DraftTree, IntArray, RequestState, TargetOutput, VerifyResult
-from specdec.verifier.rejection import LawSampler, laws_of
+from specdec.verifier.rejection import LawSampler, laws_of, scores_by_tree
 
 __all__ = ["TypicalVerifier", "longest_typical_path", "typical_thresholds"]
 
@@ -73,14 +73,8 @@ class TypicalVerifier:
     def verify(
         self, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput
     ) -> list[VerifyResult]:
-        if not trees:
-            return []
-        scores = self._sampler.scores(states, trees, output)
-        starts = output.cu_nodes.tolist()
-        return [
-            self._verify_one(state, tree, scores[starts[row] : starts[row + 1]])
-            for row, (state, tree) in enumerate(zip(states, trees, strict=True))
-        ]
+        scores = scores_by_tree(self._sampler, states, trees, output)
+        return [self._verify_one(*one) for one in zip(states, trees, scores, strict=True)]
 
     def _verify_one(self, state: RequestState, tree: DraftTree, scores: Tensor) -> VerifyResult:
         sampling = state.request.sampling

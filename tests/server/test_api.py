@@ -20,18 +20,6 @@ from tests.tiny_models import tiny_llama
 PROMPT = "def add(a, b):\n    return a + b\n\n\ndef add("
 
 
-@pytest.fixture(scope="module")
-def live():
-    with running(service()) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(live: Live):
-    with openai.OpenAI(base_url=live.url + "/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
 def alone(prompt_ids, **sampling: Any) -> list[int]:
     """What the engine gives for one request by itself, without drafts."""
     with build_engine(tiny_llama(), "none", max_length=200) as engine:

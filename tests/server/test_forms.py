@@ -13,7 +13,7 @@ import torch
 from specdec.server.grammar import GrammarCompiler
 from specdec.server.tools import ToolText
 from specdec.types import DraftTree, Request, RequestState
-from tests.server.live import EOS, Live, running, service, tokenizer
+from tests.server.live import EOS, Live, tokenizer
 
 SCHEMA = {
     "type": "object",
@@ -39,18 +39,6 @@ TOOLS: list[Any] = [
 ASKED: dict[str, Any] = {
     "model": "tiny", "messages": [{"role": "user", "content": "go"}], "temperature": 0.9, "seed": 2, "max_tokens": 120,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def live():
-    with running(service()) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def client(live: Live):
-    with openai.OpenAI(base_url=live.url + "/v1", api_key="none", max_retries=0) as made:
-        yield made
 
 
 def test_an_answer_follows_its_schema_whoever_drafts(client: openai.OpenAI):

@@ -28,12 +28,6 @@ from tests.tiny_models import save_tiny_llama, tiny_llama
 LONG = {"prompt": "abcabc", "max_tokens": 190, "ignore_eos": True, "temperature": 0}
 
 
-@pytest.fixture(scope="module")
-def live():
-    with running(service()) as made:
-        yield made
-
-
 def raw_request(live: Live, body: dict[str, Any]) -> socket.socket:
     """Send a request on a bare socket, which the test may cut off at any moment."""
     host, port = live.url.removeprefix("http://").split(":")

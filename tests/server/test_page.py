@@ -39,12 +39,6 @@ CONTRAST = """
 """
 
 
-@pytest.fixture(scope="module")
-def live():
-    with running(service()) as made:
-        yield made
-
-
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True), (1280, True), (390, False)])
 def test_a_prompt_is_tried_and_its_draft_tree_is_seen(live, width: int, dark: bool, tmp_path: Path):
     with browser_page() as page:

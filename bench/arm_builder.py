@@ -9,7 +9,6 @@ import copy
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,8 @@ import numpy as np
 from specdec.bench.arms import Arm, EngineArm, EngineFactory, GenerateArm, Job, JobResult
 from specdec.bench.results_schema import at_load
 from specdec.bench.scripted import scripted_engine
-from specdec.build import CHECKPOINT_DRAFTERS, DRAFTERS, build_engine, model_max_length
+from specdec.build import DRAFTER_KINDS, DRAFTERS, build_engine, drafter_names, model_max_length
+from specdec.drafters import checkpoint
 from specdec.errors import ConfigError, UnsupportedError
 from specdec.protocols import DrafterNeeds
 from specdec.rope import freeze_rope
@@ -169,22 +169,21 @@ def _check(names: Sequence[str]) -> None:
     for name in names:
         base, _, number = name.partition("@")
         if base not in arm_names() and not _is_checkpoint(base):
-            kinds = ", ".join(f"{kind}:PATH" for kind in sorted(CHECKPOINT_DRAFTERS))
-            raise ConfigError(f"arm must be one of {', '.join(arm_names())}, {kinds}, got {name!r}")
+            known = dict.fromkeys([*arm_names(), *drafter_names()])
+            raise ConfigError(f"arm must be one of {', '.join(known)}, got {name!r}")
         if "@" in name and not (number.isdecimal() and int(number) >= 1):
             raise ConfigError(f"the number behind @ must be a budget >= 1, got {name!r}")
 
 
 def _is_checkpoint(base: str) -> bool:
     kind, _, path = base.partition(":")
-    return kind in CHECKPOINT_DRAFTERS and bool(path)
+    return kind in DRAFTER_KINDS and bool(path)
 
 
 def short_name(name: str) -> str:
     """An arm's name without the folder of its checkpoint: where that lies is nobody's business."""
     base, mark, number = name.partition("@")
-    kind, colon, path = base.partition(":")
-    return f"{kind}{colon}{Path(path).name}{mark}{number}"
+    return f"{checkpoint.short_name(base)}{mark}{number}"
 
 
 def _peer(name: str, model: PreTrainedModel, assistant: Any) -> Arm:

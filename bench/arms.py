@@ -19,7 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from specdec.bench.forcing import ForcedResponse
 from specdec.build import name_drafter
 from specdec.controller import BackoffController, FixedController
-from specdec.drafters.checkpoint import CheckpointDrafter
+from specdec.drafters.checkpoint import PendingDrafter
 from specdec.errors import UnsupportedError
 from specdec.types import IntArray, Request, RequestState, SamplingParams, StepEvent, StepTrace
 
@@ -152,7 +152,7 @@ class EngineArm:
         )
         self._count = 0
 
-    def _fresh_drafter(self) -> Drafter | CheckpointDrafter:
+    def _fresh_drafter(self) -> Drafter | PendingDrafter:
         if not isinstance(self._drafter, str):
             made: Drafter = self._drafter()
             return made
@@ -160,7 +160,7 @@ class EngineArm:
 
     def reset(self) -> None:
         fresh = self._fresh_drafter()
-        if not isinstance(fresh, CheckpointDrafter):  # those have weights, and nothing of earlier requests
+        if not isinstance(fresh, PendingDrafter):  # those have weights, and nothing of earlier requests
             self._engine.drafter = fresh
         warmup = getattr(self._engine.drafter, "warmup", None)
         if warmup is not None:

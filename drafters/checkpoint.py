@@ -1,7 +1,8 @@
-"""Drafters that come from a checkpoint and need the target to be built: a name now, an object once the target is there.
+"""Drafters that need the target to be built: a name now, an object once the target is there.
 
-A name is ``KIND:PATH`` or ``KIND:PATH?option=value&option=value``, such as ``lm:models/small?depth=6``. Everything that
-can be wrong without the target is said when the name is read.
+A name is ``KIND:SOURCE`` or ``KIND:SOURCE?option=value&option=value``, such as ``lm:models/small?depth=6``. What stands
+behind the colon is read by the kind (``DrafterKind.read``), so that everything that can be wrong without the target is
+said when the name is read, and loaded by it (``DrafterKind.load``) when the target is there.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import parse_qsl
 from weakref import ref
 
@@ -19,14 +20,16 @@ from specdec.protocols import Drafter, Draws
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["CheckpointDrafter", "Loader", "parse_name"]
+__all__ = ["DrafterKind", "Loader", "PendingDrafter", "Reader", "parse_name", "read_checkpoint", "short_name"]
 
-# (path, target, its tokenizer or None, how to draw, **options) -> drafter
-Loader = Callable[..., Drafter]
+# (source, target, its tokenizer or None, how to draw, **options) -> drafter
+Loader: TypeAlias = Callable[..., Drafter]
+# name -> (source, options)
+Reader: TypeAlias = Callable[[str], tuple[Any, dict[str, Any]]]
 
 
 def parse_name(name: str) -> tuple[str, str, dict[str, Any]]:
-    """Kind, path and options of a drafter's name.
+    """Kind, source and options of a drafter's name.
 
     Raises:
         ConfigError: an option without a value, or the same option twice.
@@ -36,14 +39,14 @@ def parse_name(name: str) -> tuple[str, str, dict[str, Any]]:
         ('lm', 'models/small', {'depth': 6, 'min_gain': 0.2, 'fan_out': (2, 1)})
     """
     kind, _, rest = name.partition(":")
-    path, has_options, query = rest.partition("?")
+    source, has_options, query = rest.partition("?")
     try:
         pairs = parse_qsl(query, keep_blank_values=False, strict_parsing=True) if has_options else []
     except ValueError:
         raise ConfigError(f"options of a drafter are written ?name=value&name=value, got {query!r}") from None
     if len(dict(pairs)) < len(pairs):
         raise ConfigError(f"an option of a drafter can be given once, got {query!r}")
-    return kind, path, {key: _value(text) for key, text in pairs}
+    return kind, source, {key: _value(text) for key, text in pairs}
 
 
 def _value(text: str) -> Any:
@@ -56,34 +59,80 @@ def _value(text: str) -> Any:
     return text
 
 
+def short_name(name: str) -> str:
+    """A drafter's name without the folders of its checkpoints: where these lie is nobody's business.
+
+    Example:
+        >>> short_name("fused:suffix+eagle:/models/heads/code?top_k=4")
+        'fused:suffix+eagle:code?top_k=4'
+    """
+    return "+".join(_short(part) for part in name.split("+"))
+
+
+def _short(part: str) -> str:
+    front, mark, options = part.partition("?")
+    kinds, colon, source = front.rpartition(":")
+    return f"{kinds}{colon}{Path(source).name}{mark}{options}"
+
+
+def read_checkpoint(name: str) -> tuple[Path, dict[str, Any]]:
+    """The folder and the options of ``KIND:PATH?options``.
+
+    Raises:
+        ConfigError: the options cannot be read.
+        LoadError: there is no checkpoint in that folder.
+    """
+    _, source, options = parse_name(name)
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        raise LoadError(f"drafter {name!r}: there is no directory {source!r}")
+    if not (path / "config.json").is_file():
+        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+        raise LoadError(f"drafter {name!r}: looked for config.json, found {found}")
+    return path, options
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterKind:
+    """What ``KIND:`` means.
+
+    Args:
+        load: builds the drafter: ``load(source, target, tokenizer, draws, **options)``.
+        read: the source and the options from the whole name; by default ``PATH?options``.
+    """
+
+    load: Loader
+    read: Reader = read_checkpoint
+
+
 @dataclass(eq=False)
-class CheckpointDrafter:
-    """A drafter to be loaded for a target.
+class PendingDrafter:
+    """A drafter that waits for its target.
 
     Args:
         name: as the user wrote it.
-        path: a directory.
-        options: of the loader.
-        loader: builds the drafter.
+        kind: what its name begins with.
+        more: options besides those in the name; they win.
 
     Raises:
-        LoadError: there is no such directory.
+        ConfigError: the options in the name cannot be read.
+        LoadError: what it names is not there.
     """
 
     name: str
-    path: Path
-    options: Mapping[str, Any]
-    loader: Loader
+    kind: DrafterKind
+    more: Mapping[str, Any] = field(default_factory=dict)
+    source: Any = field(init=False)
+    options: dict[str, Any] = field(init=False)
     _loaded: tuple[ref[Any], Draws | None, Drafter] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if not self.path.is_dir():
-            raise LoadError(f"drafter {self.name!r}: there is no directory {str(self.path)!r}")
-        if not (self.path / "config.json").is_file():
-            found = ", ".join(sorted(entry.name for entry in self.path.iterdir())[:8]) or "nothing"
-            raise LoadError(f"drafter {self.name!r}: looked for config.json, found {found}")
+        self.source, written = self.kind.read(self.name)
+        self.options = {**written, **self.more}
 
-    def load(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, draws: Draws | None) -> Drafter:
+    def load(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, draws: Draws | None = None
+    ) -> Drafter:
         """The drafter for ``model``; asked again for the same target it is the same object.
 
         Raises:
@@ -94,7 +143,7 @@ class CheckpointDrafter:
         if self._loaded is not None and self._loaded[0]() is model and self._loaded[1] == draws:
             return self._loaded[2]
         try:
-            drafter = self.loader(self.path, model, tokenizer, draws, **self.options)
+            drafter = self.kind.load(self.source, model, tokenizer, draws, **self.options)
         except TypeError as error:
             if "argument" not in str(error):
                 raise

@@ -131,7 +131,7 @@ class EagleDrafter:
         """Keep the target's newest states until they can be read."""
         if state.hidden is None:
             return
-        new = _Unread(state.num_cached - len(state.hidden), state.hidden)
+        new = _Unread(state.num_cached - len(state.hidden), state.hidden.of(self.head.config.hidden_layers))
         unread = self._unread.get(state.request_id)
         wanted = unread.end if unread else self._cache.num_read(state.request_id)
         if new.start > wanted:  # a stretch is missing: begin anew, should the beginning come again

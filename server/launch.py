@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from specdec.build import build_drafter, build_engine
+from specdec.build import build_engine, load_drafter
 from specdec.controller import BackoffController, FixedController
+from specdec.drafters.checkpoint import short_name
 from specdec.errors import ConfigError
 from specdec.protocols import Controller
 from specdec.server.app import Service, ServiceOptions, create_app
@@ -39,7 +40,7 @@ class ServerOptions:
 
     Args:
         name: model name of the API.
-        drafters: names; the first is the default.
+        drafters: names; the first is the default. Clients see and use them without folders of checkpoints.
         budget: most draft tokens per step; None: follows what is accepted.
         max_in_flight: most requests that are submitted and not finished.
         metrics_prefix: of all metric names.
@@ -76,8 +77,9 @@ def build_service(
         ConfigError: an option breaks its rule.
         UnsupportedError: the model cannot be served.
     """
-    choices = Choices(options.drafters)
-    drafter = RoutedDrafter({name: build_drafter(name) for name in choices.drafters}, choices)
+    choices = Choices([short_name(name) for name in options.drafters])
+    loaded = [load_drafter(name, model, tokenizer) for name in options.drafters]
+    drafter = RoutedDrafter(dict(zip(choices.drafters, loaded, strict=True)), choices)
     planner: Controller = BackoffController() if options.budget is None else FixedController(options.budget)
     watcher = StepWatcher()
     engine = build_engine(

@@ -48,12 +48,14 @@ class Choices:
         drafters: names, the default first.
 
     Raises:
-        ConfigError: no drafter is named.
+        ConfigError: no drafter is named, or one twice.
     """
 
     def __init__(self, drafters: Sequence[str]) -> None:
         if not drafters:
             raise ConfigError("a server needs at least one drafter; name none for plain decoding")
+        if len(set(drafters)) < len(drafters):
+            raise ConfigError(f"a server's drafters must have different names, got {', '.join(drafters)}")
         self.drafters = tuple(drafters)
         self._default = Choice(self.drafters[0])
         self._chosen: dict[str, Choice] = {}

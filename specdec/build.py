@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from specdec.chain_target import ChainTarget
 from specdec.config import EngineConfig
 from specdec.controller import BackoffController, FixedController
-from specdec.drafters.checkpoint import CheckpointDrafter, Loader, parse_name
+from specdec.drafters.checkpoint import DrafterKind, PendingDrafter
 from specdec.drafters.eagle_loading import load_eagle
 from specdec.drafters.lm_loading import load_layer_parallel, load_lm
 from specdec.drafters.lookahead import LookaheadDrafter
@@ -43,12 +42,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 __all__ = [
-    "CHECKPOINT_DRAFTERS",
     "DRAFTERS",
+    "DRAFTER_KINDS",
     "VERIFIERS",
     "build_drafter",
     "build_engine",
     "build_target",
+    "drafter_names",
+    "load_drafter",
     "may_pack",
     "model_max_length",
     "name_drafter",
@@ -63,11 +64,11 @@ DRAFTERS: Mapping[str, Callable[..., Drafter]] = {
     "recycling": RecyclingDrafter,
 }
 
-# Kind -> loader of ``KIND:PATH``; options after ``?`` are the loader's keyword arguments.
-CHECKPOINT_DRAFTERS: Mapping[str, Loader] = {
-    "eagle": load_eagle,
-    "layer-parallel": load_layer_parallel,
-    "lm": load_lm,
+# What ``KIND:`` stands for; options after ``?`` are keyword arguments of its ``load``.
+DRAFTER_KINDS: Mapping[str, DrafterKind] = {
+    "eagle": DrafterKind(load_eagle),
+    "layer-parallel": DrafterKind(load_layer_parallel),
+    "lm": DrafterKind(load_lm),
 }
 VERIFIERS = ("match", *RULES, "typical")
 
@@ -76,20 +77,50 @@ _MAX_CHAIN = 64  # a chain of retrieved tokens is seldom right for longer
 _MEMORY_SHARE = 0.25  # of what is free, for the KV pool: weights and activations of others need the rest
 
 
-def name_drafter(drafter: str | Drafter | CheckpointDrafter, **options: Any) -> Drafter | CheckpointDrafter:
-    """A drafter from its name; one of ``KIND:PATH`` is checked now and loaded when ``build_engine`` has the target.
+def drafter_names() -> list[str]:
+    """Every way of naming a drafter, for messages."""
+    return [*sorted(DRAFTERS), *(f"{kind}:PATH" for kind in sorted(DRAFTER_KINDS))]
+
+
+def name_drafter(drafter: str | Drafter | PendingDrafter, **options: Any) -> Drafter | PendingDrafter:
+    """A drafter from its name; one of ``KIND:...`` is checked now and loaded when the target is there.
 
     Raises:
         ConfigError: an unknown name, an unknown option, or options for a ready object.
         LoadError: there is no checkpoint at the path.
     """
     if not isinstance(drafter, str) or ":" not in drafter:
-        return drafter if isinstance(drafter, CheckpointDrafter) else build_drafter(drafter, **options)
-    kind, path, written = parse_name(drafter)
-    if kind not in CHECKPOINT_DRAFTERS:
-        kinds = ", ".join(f"{kind}:PATH" for kind in sorted(CHECKPOINT_DRAFTERS))
-        raise ConfigError(f"a drafter with a path must be one of {kinds}, got {drafter!r}")
-    return CheckpointDrafter(drafter, Path(path).expanduser(), {**written, **options}, CHECKPOINT_DRAFTERS[kind])
+        return drafter if isinstance(drafter, PendingDrafter) else build_drafter(drafter, **options)
+    kind = drafter.partition(":")[0]
+    if kind not in DRAFTER_KINDS:
+        raise ConfigError(f"drafter must be one of {', '.join(drafter_names())}, got {drafter!r}")
+    return PendingDrafter(drafter, DRAFTER_KINDS[kind], options)
+
+
+def load_drafter(
+    drafter: str | Drafter | PendingDrafter,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    verifier: str = "match",
+    **options: Any,
+) -> Drafter:
+    """A drafter for a target, from its name or from what ``name_drafter`` made of it; an object is given back.
+
+    Args:
+        drafter: any name, or an object.
+        model: the target.
+        tokenizer: the target's.
+        verifier: who will judge; it decides how a drafter that can draw has to draw.
+        **options: of a named drafter.
+
+    Raises:
+        ConfigError: as ``name_drafter``.
+        LoadError: the checkpoint cannot be read, or does not fit the target.
+        UnsupportedError: the model in it cannot draft.
+    """
+    named = name_drafter(drafter, **options)
+    return named.load(model, tokenizer, _draws_for(verifier)) if isinstance(named, PendingDrafter) else named
 
 
 def build_drafter(drafter: str | Drafter, **options: Any) -> Drafter:
@@ -103,8 +134,7 @@ def build_drafter(drafter: str | Drafter, **options: Any) -> Drafter:
             raise ConfigError(f"options {sorted(options)} need a drafter's name, got a {type(drafter).__name__}")
         return drafter
     if drafter not in DRAFTERS:
-        known = [*sorted(DRAFTERS), *(f"{kind}:PATH" for kind in sorted(CHECKPOINT_DRAFTERS))]
-        raise ConfigError(f"drafter must be one of {', '.join(known)}, got {drafter!r}")
+        raise ConfigError(f"drafter must be one of {', '.join(drafter_names())}, got {drafter!r}")
     try:
         return DRAFTERS[drafter](**options)
     except TypeError as error:
@@ -224,7 +254,7 @@ def _default_kv_tokens(bytes_per_token: int, device: torch.device, config: Engin
 
 def build_engine(
     model: PreTrainedModel,
-    drafter: str | Drafter | CheckpointDrafter = "ngram",
+    drafter: str | Drafter | PendingDrafter = "ngram",
     *,
     budget: int | None = None,
     verifier: str = "match",
@@ -239,7 +269,7 @@ def build_engine(
 
     Args:
         model: the target, in evaluation mode.
-        drafter: a name (see ``DRAFTERS`` and ``CHECKPOINT_DRAFTERS``) or an object.
+        drafter: a name (see ``DRAFTERS`` and ``DRAFTER_KINDS``) or an object.
         budget: most draft tokens per request and step; 0: plain decoding. None: follows what is accepted.
         verifier: ``match``, a rejection rule (``chain``, ``block``, ``specinfer``, ``rrsw``, ``traversal``), or the
             lossy ``typical``.
@@ -265,9 +295,7 @@ def build_engine(
     if controller is not None and budget is not None:
         raise ConfigError("give a budget or a controller, not both")
     controller = controller or (BackoffController() if budget is None else FixedController(budget))
-    guesser = name_drafter(drafter, **(drafter_options or {}))
-    if isinstance(guesser, CheckpointDrafter):
-        guesser = guesser.load(model, tokenizer, _draws_for(verifier))
+    guesser = load_drafter(drafter, model, tokenizer, verifier=verifier, **(drafter_options or {}))
     frozen = freeze_rope(model, config.max_length or model_max_length(model))
     holder = object()
 

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from specdec.errors import ConfigError, InternalError, UnsupportedError
-from specdec.row_forward import RowForward, Rows, join_rows, vocab_size_of
+from specdec.row_forward import RowForward, join_rows, vocab_size_of
 from specdec.types import Chunk, IntArray, RequestState, TargetOutput
 
 __all__ = ["ChainTarget"]
@@ -61,7 +61,6 @@ class ChainTarget:
         kv_tokens: tokens that all requests together may hold.
         max_length: most tokens of one request.
         max_draft_tokens: most draft tokens of a chain; 0: plain decoding, prompts are never cut into pieces.
-        hidden_layers: whose states drafters read, as indices into ``output_hidden_states``.
 
     Raises:
         ConfigError: a size is outside its rule.
@@ -77,7 +76,6 @@ class ChainTarget:
         kv_tokens: int,
         max_length: int,
         max_draft_tokens: int = 64,
-        hidden_layers: tuple[int, ...] = (),
     ) -> None:
         for name, value in (("kv_tokens", kv_tokens), ("max_length", max_length)):
             if value < 1:
@@ -88,7 +86,7 @@ class ChainTarget:
         self.kv_tokens = kv_tokens
         self.max_length = max_length
         self.max_draft_tokens = max_draft_tokens
-        self._row = RowForward(model, hidden_layers=hidden_layers)
+        self._row = RowForward(model)
         self._config: Any = getattr(model, "config", None)
         self._rows: dict[str, _Row] = {}
         self._num_held = 0
@@ -140,7 +138,7 @@ class ChainTarget:
         if row is not None:
             self._num_held -= row.num_held
 
-    def _forward_one(self, chunk: Chunk) -> Rows | None:
+    def _forward_one(self, chunk: Chunk) -> torch.Tensor | None:
         request_id, tree = chunk.state.request_id, chunk.tree
         row = self._rows[request_id]
         if row.num_cached != chunk.state.num_cached:
@@ -165,12 +163,12 @@ class ChainTarget:
         out = self._feed(row, row.step_ids, num_wanted=1 if tree is None else len(tree))
         return None if tree is None else out
 
-    def _feed(self, row: _Row, token_ids: IntArray, *, num_wanted: int, skip: int = 0) -> Rows:
+    def _feed(self, row: _Row, token_ids: IntArray, *, num_wanted: int, skip: int = 0) -> torch.Tensor:
         """Feed tokens that follow ``skip`` already fed ones of this step."""
         first_row = len(token_ids) - num_wanted
         return self._row(token_ids, first_row=first_row, position=row.position + skip, cache=row.cache)
 
-    def _feed_like_generate(self, row: _Row, num_prompt_tokens: int) -> Rows:
+    def _feed_like_generate(self, row: _Row, num_prompt_tokens: int) -> torch.Tensor:
         """The prompt at once, then token by token: also when a preempted request is computed again."""
         done = max(1, num_prompt_tokens - row.position)
         out = self._feed(row, row.step_ids[:done], num_wanted=1)

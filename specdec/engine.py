@@ -21,6 +21,7 @@ from specdec.types import (
     Chunk,
     DraftTree,
     FinishReason,
+    HiddenStates,
     IntArray,
     Request,
     RequestOutput,
@@ -315,15 +316,16 @@ class Engine:
 
 def _hand_on_hidden(chunks: Sequence[Chunk], kept: Sequence[Sequence[int]], output: TargetOutput) -> None:
     """Give each request the target's states at the tokens that were just cached, behind those it has not read yet."""
-    if output.query_hidden is None:
+    if output.hidden is None:
         return
     start = 0
     for chunk, nodes in zip(chunks, kept, strict=True):
         num_prefix = len(chunk.prefix_ids)
         rows = [*range(start, start + num_prefix), *(start + num_prefix + node for node in nodes)]
-        new = output.query_hidden[rows]
-        unread = chunk.state.hidden
-        chunk.state.hidden = new if unread is None else torch.cat((unread, new))
+        new, unread = output.hidden.at(rows), chunk.state.hidden
+        if unread is not None:
+            new = HiddenStates(new.layers, torch.cat((unread.rows, new.rows)))
+        chunk.state.hidden = new
         start += chunk.num_tokens
 
 

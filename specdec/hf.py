@@ -28,7 +28,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.build import build_engine, may_pack, model_max_length, name_drafter
 from specdec.config import EngineConfig
-from specdec.drafters.checkpoint import CheckpointDrafter
+from specdec.drafters.checkpoint import PendingDrafter
 from specdec.engine import Engine
 from specdec.errors import ConfigError, RequestError, UnsupportedError
 from specdec.packed_linear import pack_linears
@@ -94,7 +94,7 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):  # type: ignore[misc]
 
 
 def speculate(
-    drafter: str | Drafter | CheckpointDrafter = "ngram",
+    drafter: str | Drafter | PendingDrafter = "ngram",
     *,
     budget: int | None = None,
     controller: Controller | None = None,
@@ -150,7 +150,7 @@ class Speculation:
 
     def __init__(
         self,
-        drafter: Drafter | CheckpointDrafter,
+        drafter: Drafter | PendingDrafter,
         *,
         budget: int | None,
         controller: Controller | None,

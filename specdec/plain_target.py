@@ -26,7 +26,6 @@ class PlainTarget:
         max_length: most tokens of one request.
         max_draft_tokens: most draft tokens of a chain. 0 for a model whose logits depend on later tokens of the row:
             then every forward ends at the token whose successor is asked for.
-        hidden_layers: whose states drafters read, as indices into ``output_hidden_states``.
 
     Raises:
         ConfigError: a size is outside its rule.
@@ -40,7 +39,6 @@ class PlainTarget:
         *,
         max_length: int,
         max_draft_tokens: int = 64,
-        hidden_layers: tuple[int, ...] = (),
     ) -> None:
         if max_length < 1:
             raise ConfigError(f"max_length must be >= 1, got {max_length}")
@@ -49,7 +47,7 @@ class PlainTarget:
         self.vocab_size = vocab_size_of(model)
         self.max_length = max_length
         self.max_draft_tokens = max_draft_tokens
-        self._row = RowForward(model, hidden_layers=hidden_layers)
+        self._row = RowForward(model)
 
     def reserve(self, state: RequestState, num_tokens: int) -> bool:
         return True

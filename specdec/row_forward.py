@@ -7,7 +7,7 @@ means one thing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +17,7 @@ from specdec.errors import UnsupportedError
 from specdec.probe import forward_inputs, input_device
 from specdec.types import IntArray, TargetOutput
 
-__all__ = ["RowForward", "Rows", "join_rows", "vocab_size_of"]
-
-# Logits [n, V] and hidden states [n, layers * E] of n tokens.
-Rows: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
+__all__ = ["RowForward", "join_rows", "vocab_size_of"]
 
 
 def vocab_size_of(model: Any) -> int:
@@ -39,17 +36,15 @@ class RowForward:
 
     Args:
         model: a causal LM of transformers in evaluation mode.
-        hidden_layers: whose states to return, as indices into ``output_hidden_states``.
 
     Raises:
         UnsupportedError: the forward does not take ``input_ids``.
     """
 
-    def __init__(self, model: nn.Module, *, hidden_layers: tuple[int, ...] = ()) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.device = input_device(model)
         self.dtype = _lowest_dtype(model)
-        self.hidden_layers = hidden_layers
         self._inputs = forward_inputs(model)
         if "input_ids" not in self._inputs:
             raise UnsupportedError(f"{type(model).__name__}.forward takes no input_ids, so it is not a text model")
@@ -59,7 +54,7 @@ class RowForward:
         """Name of the argument that takes a cache; None: the model has none."""
         return next((name for name in ("past_key_values", "cache_params") if name in self._inputs), None)
 
-    def __call__(self, token_ids: IntArray, *, first_row: int, position: int = 0, cache: Any = None) -> Rows:
+    def __call__(self, token_ids: IntArray, *, first_row: int, position: int = 0, cache: Any = None) -> torch.Tensor:
         """Logits of the tokens from index ``first_row`` on.
 
         Args:
@@ -69,7 +64,7 @@ class RowForward:
             cache: a transformers cache to read and extend; None: the row stands alone and nothing is cached.
 
         Returns:
-            Logits [T - first_row, V] and the asked-for hidden states [T - first_row, layers * E], or None.
+            [T - first_row, V].
         """
         num_tokens = len(token_ids)
         everything: dict[str, Any] = {
@@ -86,23 +81,14 @@ class RowForward:
         inputs = {name: value for name, value in everything.items() if name in self._inputs}
         if cache is not None and self.cache_name is not None:
             inputs[self.cache_name] = cache
-        if self.hidden_layers:
-            inputs["output_hidden_states"] = True
         with torch.no_grad():
             out = self.model(**inputs)
         logits: torch.Tensor = out.logits[0]
-        if len(logits) != num_tokens - first_row:
-            logits = logits[first_row:]
-        hidden = None
-        if self.hidden_layers:
-            hidden = torch.cat([out.hidden_states[layer][0, first_row:] for layer in self.hidden_layers], dim=-1)
-        return logits, hidden
+        return logits if len(logits) == num_tokens - first_row else logits[first_row:]
 
 
-def join_rows(rows: Sequence[Rows], vocab_size: int, device: torch.device) -> TargetOutput:
-    """The output of a step from the rows of its trees, in order."""
+def join_rows(rows: Sequence[torch.Tensor], vocab_size: int, device: torch.device) -> TargetOutput:
+    """The output of a step from the logits [n, V] of its trees, in order."""
     if not rows:
         return TargetOutput(torch.empty(0, vocab_size, device=device), np.zeros(1, dtype=np.int32))
-    cu_nodes = np.cumsum([0, *(len(logits) for logits, _ in rows)], dtype=np.int32)
-    hidden = [states for _, states in rows if states is not None]
-    return TargetOutput(torch.cat([logits for logits, _ in rows]), cu_nodes, torch.cat(hidden) if hidden else None)
+    return TargetOutput(torch.cat(list(rows)), np.cumsum([0, *map(len, rows)], dtype=np.int32))

@@ -112,7 +112,7 @@ def _errors(reference: Reference, seen: Sequence[tuple[IntArray, torch.Tensor]])
         path, logits = seen[index]
         rows = next((rows for longer, rows in done if np.array_equal(longer[: len(path)], path)), None)
         if rows is None:
-            rows, _ = reference.row(path, first_row=0)
+            rows = reference.row(path, first_row=0)
             done.append((path, rows))
         errors[index] = relative_errors(logits[None], rows[len(path) - 1][None])[0].cpu()
     return errors

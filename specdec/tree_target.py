@@ -21,7 +21,7 @@ from specdec.attention import IMPLEMENTATION, StepAttention, TailMasks, active
 from specdec.errors import ConfigError, InternalError
 from specdec.kv_cache import CallShape, GroupKey, Keep, KVPool
 from specdec.query_layout import QueryLayout
-from specdec.types import Chunk, IntArray, RequestState, TargetOutput
+from specdec.types import Chunk, HiddenStates, IntArray, RequestState, TargetOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +55,7 @@ class TreeTarget:
         max_step_tokens: most query tokens of one step.
         is_strict: attention gives a query the same bits whatever else is in the step; for models on the CPU whose
             attention has no soft-cap, no sinks, and values as wide as keys.
-        hidden_layers: whose states a drafter reads, as indices into ``output_hidden_states``.
+        hidden_layers: whose states drafters read, as indices into ``output_hidden_states``; all different.
 
     Raises:
         ConfigError: a size is below 1, or the model is in training mode.
@@ -91,7 +91,7 @@ class TreeTarget:
         self.calls = tuple(calls)
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self.max_length = max_length
-        self.hidden_layers = hidden_layers
+        self.hidden_layers = tuple(dict.fromkeys(hidden_layers))
         self.device = model.device
         self.dtype = _kv_dtype(model)
         self.pool = KVPool(
@@ -132,7 +132,9 @@ class TreeTarget:
     def forward(self, chunks: Sequence[Chunk]) -> TargetOutput:
         batch = _flatten(chunks)
         logits, hidden = self.run(batch.layouts, batch.input_ids, batch.positions, batch.tree_rows)
-        return TargetOutput(logits=logits, cu_nodes=batch.cu_nodes, query_hidden=hidden)
+        if hidden is None:
+            return TargetOutput(logits, batch.cu_nodes)
+        return TargetOutput(logits, batch.cu_nodes, HiddenStates(self.hidden_layers, hidden), batch.tree_rows)
 
     @torch.inference_mode()
     def run(

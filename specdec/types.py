@@ -24,8 +24,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
-from specdec.errors import RequestError
+from specdec.errors import InternalError, RequestError
 from specdec.tree import DraftTree, IntArray
 
 if TYPE_CHECKING:
@@ -158,8 +159,8 @@ class RequestState:
     ``num_cached`` counts the leading tokens whose KV the target holds; the root is always uncached, so
     ``num_cached <= num_tokens - 1``.
 
-    ``hidden`` is [n, layers * E] or None: the target's states at the last n cached tokens, all that were cached since
-    the last ``propose``; for a drafter that asked for them.
+    ``hidden`` are the target's states at the last n cached tokens: all that were cached since the last ``propose``.
+    None where no drafter asked for states, and before the first token is cached.
     """
 
     __slots__ = (
@@ -183,7 +184,7 @@ class RequestState:
         self._buffer = np.empty(max(2 * self.num_tokens, 64), dtype=np.int32)
         self._buffer[: self.num_tokens] = request.prompt_ids
         self.num_cached = 0
-        self.hidden: torch.Tensor | None = None
+        self.hidden: HiddenStates | None = None
         self.finish_reason: FinishReason | None = None
         self.num_steps = 0  # steps that could emit: prefill chunks are not counted
         self.num_drafted = 0
@@ -250,20 +251,56 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class HiddenStates:
+    """States of some of the target's layers at n tokens. Several drafters may have asked; each takes its own by name.
+
+    Args:
+        layers: L indices into ``output_hidden_states``, all different: 0 is the embedding, i what layer i - 1 put out,
+            the last one is normed, as the head reads it.
+        rows: [n, L * E] in the model's dtype: the layers side by side, in the order of ``layers``.
+    """
+
+    layers: tuple[int, ...]
+    rows: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def of(self, layers: Sequence[int]) -> torch.Tensor:
+        """[n, len(layers) * E]: the states of these layers, side by side.
+
+        Raises:
+            InternalError: nobody asked for one of them.
+        """
+        if tuple(layers) == self.layers:
+            return self.rows
+        missing = sorted(set(layers) - set(self.layers))
+        if missing:
+            raise InternalError(f"states {missing} are read, but only {list(self.layers)} were asked for")
+        by_layer: torch.Tensor = self.rows.unflatten(-1, (len(self.layers), -1))  # [n, L, E]
+        chosen: torch.Tensor = by_layer[:, [self.layers.index(layer) for layer in layers]].flatten(1)
+        return chosen
+
+    def at(self, places: Sequence[int]) -> HiddenStates:
+        """The states at some of the tokens."""
+        return HiddenStates(self.layers, self.rows[list(places)])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class TargetOutput:
     """The target's answer for the trees of one step, in the order of the chunks that had a tree.
 
     Args:
         logits: [T, V] in the model's dtype: row ``cu_nodes[r] + i`` predicts the children of node i of tree r.
         cu_nodes: [R + 1] int32 with a leading zero.
-        hidden: [T, layers * E] or None: the states that a drafter asked for.
-        query_hidden: [Q, layers * E] or None: the same for all query tokens of all chunks in order, prefixes included.
+        hidden: states at all Q query tokens of the step: chunk after chunk, prefix before tree. None: nobody asked.
+        node_rows: [T] int64: the row of ``hidden`` that belongs to each row of ``logits``; None without ``hidden``.
     """
 
     logits: torch.Tensor
     cu_nodes: IntArray
-    hidden: torch.Tensor | None = None
-    query_hidden: torch.Tensor | None = None
+    hidden: HiddenStates | None = None
+    node_rows: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

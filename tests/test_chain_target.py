@@ -150,18 +150,6 @@ def test_rows_follow_the_order_of_trees():
     assert output.logits.shape == (6, 128)
 
 
-def test_hidden_states_of_asked_layers_come_along():
-    model = ARCHITECTURES["llama"]()
-    state = state_of()
-    target = ChainTarget(model, kv_tokens=99, max_length=99, hidden_layers=(0, 2))
-    _, output = forward(target, state, 4, [9, 8])
-    assert output.hidden.shape == (3, 64)
-    ids = torch.tensor([[*state.token_ids.tolist(), 9, 8]])
-    expected = model(ids, output_hidden_states=True, use_cache=False).hidden_states
-    both = torch.cat([expected[0][0, 4:], expected[2][0, 4:]], dim=-1)
-    torch.testing.assert_close(output.hidden, both, rtol=1e-4, atol=1e-4)
-
-
 def test_a_branching_tree_is_a_bug_of_the_caller():
     target = target_of("llama")
     state = state_of()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from specdec.build import build_engine
+from specdec.build import build_engine, name_drafter
 from specdec.check.hostile import HostileDrafter
 from specdec.check.prompts import Prompt
 from specdec.check.settings import GREEDY, Setting
@@ -17,8 +17,9 @@ from specdec.errors import UnsupportedError
 from specdec.types import Request
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from specdec.drafters.checkpoint import PendingDrafter
     from specdec.engine import Engine
     from specdec.protocols import Drafter, Observer
     from specdec.routes import Route
@@ -93,6 +94,7 @@ class Lab:
         route: the path that the model takes.
         engine_factory: makes engines.
         on_request: called after each finished request.
+        tokenizer: the model's, for drafters with a checkpoint.
     """
 
     model: PreTrainedModel
@@ -100,6 +102,8 @@ class Lab:
     route: Route
     engine_factory: EngineFactory = build_engine
     on_request: Callable[[], None] = lambda: None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    _pending: dict[str, Drafter | PendingDrafter] = field(default_factory=dict)  # checkpoints are loaded once
     _outputs: dict[tuple[str, str], Outputs] = field(default_factory=dict)
 
     def outputs(self, setting: Setting, decoder: str) -> Outputs:
@@ -112,7 +116,7 @@ class Lab:
     def decode(
         self,
         requests: Sequence[Request],
-        drafter: str | Drafter,
+        drafter: str | Drafter | PendingDrafter,
         *,
         budget: int | None = None,
         batch_size: int | None = None,
@@ -136,6 +140,7 @@ class Lab:
             drafter,
             budget=tokens,
             observers=observers,
+            tokenizer=self.tokenizer,
             route=self.route,
             max_batch_size=size,
             max_length=self.plan.max_length,
@@ -167,10 +172,10 @@ class Lab:
             return self.decode(requests, "none", budget=0, batch_size=1)
         return self.decode(requests, self.drafter(setting, decoder))
 
-    def drafter(self, setting: Setting, name: str) -> str | Drafter:
+    def drafter(self, setting: Setting, name: str) -> str | Drafter | PendingDrafter:
         """What ``build_engine`` takes for a drafter's name; the hostile one is told the plain outputs."""
         if name != HOSTILE:
-            return name
+            return self._pending.setdefault(name, name_drafter(name)) if ":" in name else name
         plain = self.outputs(setting, PLAIN).token_ids
         vocab_size = int(self.model.config.get_text_config().vocab_size)
         return HostileDrafter({key: [ids] for key, ids in plain.items()}, vocab_size)

@@ -8,7 +8,7 @@ from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
-from specdec.build import DRAFTERS, build_engine, model_max_length
+from specdec.build import build_engine, drafter_names, model_max_length, name_drafter
 from specdec.check.controls import MAX_SAMPLES, NUM_REQUESTS, run_controls
 from specdec.check.difference import Judge
 from specdec.check.lab import GENERATE, HOSTILE, PLAIN, EngineFactory, Lab, Plan
@@ -75,11 +75,15 @@ def check_drafters(names: Sequence[str]) -> None:
 
     Raises:
         ConfigError: an unknown name, or none at all.
+        LoadError: a checkpoint is not there.
     """
-    known = sorted({*DRAFTERS, HOSTILE})
-    unknown = [name for name in names if name not in known]
+    known = [HOSTILE, *drafter_names()]
+    unknown = [name for name in names if name not in known and ":" not in name]
     if unknown or not names:
         raise ConfigError(f"drafter must be one of {', '.join(known)}, got {', '.join(map(repr, unknown)) or 'none'}")
+    for name in names:
+        if ":" in name:
+            name_drafter(name)
 
 
 def check_model(
@@ -152,7 +156,7 @@ class _Check:
             route = choose_route(model, max_length=plan.max_length)
         if route.kind == "refused":
             raise UnsupportedError(f"{type(model).__name__} cannot be checked: {' '.join(route.reasons)}")
-        self.lab = Lab(model, plan, route, engine_factory, self._advance)
+        self.lab = Lab(model, plan, route, engine_factory, self._advance, tokenizer)
         self.judge = Judge(self.lab, tokenizer, list(notes), is_strict=options.is_strict)
         self._on_progress = on_progress
         self._what, self._num_done, self._num_units = "", 0, self._count_units(prompts)

@@ -26,7 +26,9 @@ def serve(
     name: Annotated[str | None, typer.Option("--served-model-name", help="Model name of the API.")] = None,
     drafter: Annotated[
         list[str] | None,
-        typer.Option("--drafter", "-d", help="Who may guess; repeat it, the first is the default: ngram."),
+        typer.Option(
+            "--drafter", "-d", help="Who may guess (ngram, ..., KIND:PATH); repeat it, the first is the default: ngram."
+        ),
     ] = None,
     budget: BudgetOption = None,
     max_batch_size: Annotated[int, typer.Option("--max-batch-size", min=1, help="Most requests per step.")] = 16,
@@ -56,8 +58,12 @@ def serve(
 
     specdec serve path/to/model --drafter suffix --drafter ngram
     """
+    from specdec.build import name_drafter
+
     launch = _launch_module()
     keyring = _keyring(key_file, host, is_open_wanted=allow_anyone)
+    for one in drafter or []:
+        name_drafter(one)  # what is wrong with a name is said before the minutes that loading may take
     with launch.listen(host, port) as bound:
         loaded = load_model(model, dtype=dtype, device=device)
         engine = {"max_batch_size": max_batch_size, "max_length": max_length, "kv_tokens": kv_tokens}

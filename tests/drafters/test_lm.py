@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from specdec.build import VERIFIERS, build_engine, name_drafter
-from specdec.drafters.checkpoint import CheckpointDrafter, parse_name
+from specdec.drafters.checkpoint import PendingDrafter, parse_name
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.lm import LmDrafter
 from specdec.errors import ConfigError, LoadError, UnsupportedError
@@ -144,7 +144,7 @@ def test_a_short_context_of_the_draft_model_ends_its_guesses_not_the_text(target
 
 def test_a_drafter_is_loaded_once_per_target(target: LlamaForCausalLM, saved: str) -> None:
     named = name_drafter(f"lm:{saved}?depth=3")
-    assert isinstance(named, CheckpointDrafter)
+    assert isinstance(named, PendingDrafter)
     assert named.load(target, None, None) is named.load(target, None, None)
     assert named.load(target, None, None) is not named.load(target, None, "chain")
 
@@ -152,7 +152,7 @@ def test_a_drafter_is_loaded_once_per_target(target: LlamaForCausalLM, saved: st
 def test_names_are_read_and_bad_ones_refused(target: LlamaForCausalLM, saved: str, tmp_path: Path) -> None:
     assert parse_name("lm:a/b") == ("lm", "a/b", {})
     for name, error, message in (
-        ("nn:a", ConfigError, "a drafter with a path must be one of .*lm:PATH.*, got 'nn:a'"),
+        ("nn:a", ConfigError, "drafter must be one of .*lm:PATH.*, got 'nn:a'"),
         (f"lm:{saved}?depth", ConfigError, r"written \?name=value&name=value, got 'depth'"),
         (f"lm:{saved}?depth=2&depth=3", ConfigError, "can be given once"),
         (f"lm:{saved}?depht=2", ConfigError, "lm:.*depht"),

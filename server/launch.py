@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import signal
 import socket
@@ -20,6 +19,7 @@ from specdec.errors import ConfigError
 from specdec.protocols import Controller
 from specdec.server.app import Service, ServiceOptions, create_app
 from specdec.server.keys import Keyring
+from specdec.server.listening import listen
 from specdec.server.metrics import ServerMetrics
 from specdec.server.prompts import Serving
 from specdec.server.speculation import CappedController, Choices, RoutedDrafter
@@ -103,27 +103,6 @@ def build_service(
         return ServerMetrics(worker, model=options.name, drafter=choices.drafters[0], prefix=options.metrics_prefix)
 
     return Service(serving, choices, make_worker, keys or Keyring(), make_metrics, options.service)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket, so that a taken port is said before a model is loaded.
-
-    Raises:
-        ConfigError: the address cannot be bound.
-    """
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, proto)
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        bound.close()
-        why = "another program listens there" if error.errno == errno.EADDRINUSE else str(error)
-        raise ConfigError(f"cannot listen on {host}:{port}: {why}") from error
-    return bound
 
 
 def serve(service: Service, bound: socket.socket) -> None:

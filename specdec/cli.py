@@ -20,6 +20,7 @@ from specdec.commands.demo import demo
 from specdec.commands.doctor import doctor
 from specdec.commands.generate import generate
 from specdec.commands.serve import keys, serve
+from specdec.commands.sidecar import sidecar
 from specdec.errors import InternalError, SpecdecError
 
 __all__ = ["app", "main"]
@@ -57,6 +58,7 @@ app.command()(check)
 app.command()(doctor)
 app.command()(serve)
 app.command()(keys)
+app.command()(sidecar)
 app.add_typer(bench, name="bench")
 app.add_typer(corpus)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,18 +109,12 @@ def _launch_module() -> Any:
 
 def _keyring(key_file: Path | None, host: str, *, is_open_wanted: bool) -> Keyring:
     from specdec.server.keys import Keyring
+    from specdec.server.listening import is_this_machine
 
     if key_file is not None:
         return Keyring.load(key_file)
-    if not (_is_this_machine(host) or is_open_wanted):
+    if not (is_this_machine(host) or is_open_wanted):
         raise ConfigError(
             f"--host {host} can be reached from other machines: give --key-file, or --allow-anyone if that is meant"
         )
     return Keyring()
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

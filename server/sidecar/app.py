@@ -1,0 +1,178 @@
+"""The sidecar's HTTP side: its own three routes, and the relay of everything else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from time import perf_counter
+
+import aiohttp
+from aiohttp import web
+
+from specdec import __version__
+from specdec.server.sidecar.metrics import SidecarMetrics
+from specdec.server.sidecar.options import RelayOptions
+from specdec.server.sidecar.upstream import Question, Unreachable, Upstream, end_to_end
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Sidecar", "create_app"]
+
+_BEGUN = web.RequestKey("begun", web.StreamResponse)  # the answer whose head the client has
+_CIRCUIT = {"closed": 0, "half-open": 1, "open": 2}
+_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/models")
+
+
+class Sidecar:
+    """Carries requests to the upstream and answers back.
+
+    Args:
+        options: see ``RelayOptions``.
+    """
+
+    def __init__(self, options: RelayOptions) -> None:
+        self.options = options
+        self.upstream = Upstream(options)
+        self.metrics = SidecarMetrics()
+        self.num_in_flight = 0
+
+    async def start(self) -> None:
+        """Get ready; on the event loop that will serve."""
+        await self.upstream.start()
+
+    async def close(self) -> None:
+        """Let everything go."""
+        await self.upstream.close()
+
+    # --- one request --------------------------------------------------------------------------------------------------
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Relay one request; every error of ours is in the form of the OpenAI API."""
+        if self.num_in_flight >= self.options.max_in_flight:
+            return self._refuse(429, f"{self.options.max_in_flight} requests are under way", 1)
+        self.num_in_flight += 1
+        self.metrics.in_flight.inc()
+        outcome = "cancelled"
+        try:
+            answer = await self._timed(request)
+            outcome = "ok" if answer.status < 400 else "error"
+            return answer
+        except Unreachable as error:
+            outcome = "unreachable"
+            if _BEGUN in request:
+                _cut(request)
+                return request[_BEGUN]
+            return self._refuse(error.status, str(error), error.retry_after)
+        finally:
+            self.num_in_flight -= 1
+            self.metrics.in_flight.dec()
+            self.metrics.requests.labels(_route(request.path), outcome).inc()
+
+    async def _timed(self, request: web.Request) -> web.StreamResponse:
+        arrived = perf_counter()
+        if not request.raw_path.startswith("/"):
+            return self._refuse(400, "the request's target must be a path: there is one upstream only")
+        if request.headers.get("Upgrade") and "upgrade" in request.headers.get("Connection", "").lower():
+            return self._refuse(501, "upgrades of the connection are not relayed")
+        body = await request.read() if request.can_read_body else b""
+        question = Question(request.method, request.raw_path, request.headers.copy(), body)
+        self.metrics.overhead.observe(perf_counter() - arrived)
+        try:
+            async with asyncio.timeout(self.options.timeouts.total_s):
+                return await self._relay(request, question, arrived)
+        except TimeoutError:
+            raise Unreachable(504, f"the request took longer than {self.options.timeouts.total_s} s") from None
+        finally:
+            self.metrics.e2e.observe(perf_counter() - arrived)
+
+    async def _relay(self, request: web.Request, question: Question, arrived: float) -> web.StreamResponse:
+        async with self.upstream.ask(question) as answer:
+            if answer.status >= 400:
+                self.metrics.errors.labels(str(answer.status)).inc()
+            client = await self._begin(request, answer)
+            self.metrics.ttft.observe(perf_counter() - arrived)
+            try:
+                async for piece in self._pieces(answer):
+                    await client.write(piece)
+                await client.write_eof()
+            except (aiohttp.ClientError, TimeoutError, ConnectionError):
+                _cut(request)  # what the client has is no whole answer, and it must not look like one
+            return client
+
+    async def _begin(self, request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+        client = web.StreamResponse(
+            status=answer.status, reason=answer.reason, headers=end_to_end(answer.headers.items())
+        )
+        request[_BEGUN] = client
+        await client.prepare(request)
+        return client
+
+    async def _pieces(self, answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        """The body as it comes; what the client has not taken is not read from the upstream."""
+        idle_s = self.options.timeouts.idle_s
+        while True:
+            async with asyncio.timeout(idle_s):
+                piece = await answer.content.readany()
+            if not piece:
+                return
+            yield piece
+
+    def _refuse(self, status: int, message: str, retry_after: int | None = None) -> web.StreamResponse:
+        kind = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "upstream_error"
+        headers = {"Retry-After": str(retry_after)} if retry_after is not None else {}
+        error = {"message": message, "type": kind, "param": None, "code": None}
+        return web.json_response({"error": error}, status=status, headers=headers)
+
+    # --- what it tells of itself --------------------------------------------------------------------------------------
+
+    def health(self) -> dict[str, object]:
+        """The state of the sidecar and what it knows of its upstream."""
+        state = self.upstream.breaker.state
+        return {
+            "status": "ok" if state == "closed" else "degraded",
+            "version": __version__,
+            "upstream": {"url": self.upstream.base, "circuit": state},
+            "requests_under_way": self.num_in_flight,
+        }
+
+
+def _route(path: str) -> str:
+    """The route's label; paths that clients make up must not make up labels."""
+    return path if path in _ROUTES else "other"
+
+
+def _cut(request: web.Request) -> None:
+    """End the client's connection in a way that no client takes for the end of the answer."""
+    if request.transport is not None:
+        request.transport.abort()
+
+
+def create_app(sidecar: Sidecar) -> web.Application:
+    """The application of one sidecar. ``/health``, ``/ready`` and ``/metrics`` are its own; all else is relayed."""
+    app = web.Application(client_max_size=sidecar.options.max_body_bytes)
+
+    async def health(_: web.Request) -> web.Response:
+        return web.json_response(sidecar.health(), dumps=lambda body: json.dumps(body, indent=1))
+
+    async def ready(_: web.Request) -> web.Response:
+        is_ready = sidecar.upstream.breaker.state != "open"
+        return web.json_response({"status": "ok" if is_ready else "open"}, status=200 if is_ready else 503)
+
+    async def metrics(_: web.Request) -> web.Response:
+        sidecar.metrics.circuit.set(_CIRCUIT[sidecar.upstream.breaker.state])
+        headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        return web.Response(body=sidecar.metrics.render(), headers=headers)
+
+    async def life(_: web.Application) -> AsyncIterator[None]:
+        await sidecar.start()
+        yield
+        await sidecar.close()
+
+    app.cleanup_ctx.append(life)
+    app.router.add_get("/health", health)
+    app.router.add_get("/ready", ready)
+    app.router.add_get("/metrics", metrics)
+    app.router.add_route("*", "/{anything:.*}", sidecar.handle)
+    return app

@@ -1,0 +1,47 @@
+"""From a sidecar to a running server."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+
+from aiohttp import web
+
+from specdec.server.sidecar.app import Sidecar, create_app
+
+__all__ = ["run", "serving"]
+
+
+async def serving(sidecar: Sidecar, bound: socket.socket, stop: asyncio.Event, *, drain_s: float = 30.0) -> None:
+    """Serve on a bound socket until ``stop`` is set; then live requests get ``drain_s`` seconds.
+
+    A client that goes away cancels its handler, and with it what runs upstream.
+    """
+    runner = web.AppRunner(
+        create_app(sidecar),
+        handler_cancellation=True,
+        access_log=None,
+        auto_decompress=False,
+        shutdown_timeout=drain_s,
+        keepalive_timeout=75.0,
+    )
+    await runner.setup()
+    try:
+        await web.SockSite(runner, bound).start()
+        await stop.wait()
+    finally:
+        await runner.cleanup()
+
+
+def run(sidecar: Sidecar, bound: socket.socket, *, drain_s: float = 30.0) -> None:
+    """Serve until SIGINT or SIGTERM."""
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        await serving(sidecar, bound, stop, drain_s=drain_s)
+
+    asyncio.run(main())

@@ -15,7 +15,6 @@ import uvicorn
 from specdec.build import build_engine, load_drafter
 from specdec.controller import BackoffController, FixedController
 from specdec.drafters.checkpoint import short_name
-from specdec.errors import ConfigError
 from specdec.protocols import Controller
 from specdec.server.app import Service, ServiceOptions, create_app
 from specdec.server.keys import Keyring

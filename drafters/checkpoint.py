@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import parse_qsl
 from weakref import ref
 
+from specdec.drafters.hub import checkpoint_folder
 from specdec.errors import ConfigError, LoadError
 from specdec.protocols import Drafter, Draws
 
@@ -76,20 +77,20 @@ def _short(part: str) -> str:
 
 
 def read_checkpoint(name: str) -> tuple[Path, dict[str, Any]]:
-    """The folder and the options of ``KIND:PATH?options``.
+    """The folder and the options of ``KIND:PATH?options``; PATH is a directory or a name on the hub.
+
+    The option ``revision`` is read here: branch, tag or commit on the hub.
 
     Raises:
         ConfigError: the options cannot be read.
-        LoadError: there is no checkpoint in that folder.
+        LoadError: there is no checkpoint of that name.
     """
     _, source, options = parse_name(name)
-    path = Path(source).expanduser()
-    if not path.is_dir():
-        raise LoadError(f"drafter {name!r}: there is no directory {source!r}")
-    if not (path / "config.json").is_file():
-        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-        raise LoadError(f"drafter {name!r}: looked for config.json, found {found}")
-    return path, options
+    revision = options.pop("revision", None)
+    try:
+        return checkpoint_folder(source, revision=None if revision is None else str(revision)), options
+    except LoadError as error:
+        raise LoadError(f"drafter {name!r}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

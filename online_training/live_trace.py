@@ -59,6 +59,7 @@ class LiveTrace:
     _hidden: list[tuple[int, Tensor]] = field(default_factory=list)  # (position of the first row, rows)
     _laws: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (ids [n, k], log-probabilities [n, k])
     _rejected: list[tuple[int, Tensor, Tensor, Tensor]] = field(default_factory=list)  # (round, nodes, ids, log-probs)
+    _layers: tuple[int, ...] = ()
     _feature_bytes: int = 0
 
     @property
@@ -88,7 +89,8 @@ class LiveTrace:
         """Keep the target's states at the tokens that a step cached, and its laws; on the device where they are."""
         state = event.state
         if state.hidden is not None:  # rows of the tokens that are cached since the drafter last read them
-            rows = state.hidden.to(torch.bfloat16)
+            rows = state.hidden.rows.to(torch.bfloat16)
+            self._layers = state.hidden.layers
             self._hidden.append((state.num_cached - len(rows), rows))
             self._feature_bytes += rows.nbytes
         first = int(event.output.cu_nodes[event.row])
@@ -141,7 +143,7 @@ class LiveTrace:
             tensors["rejected_nodes"] = torch.cat(pairs)
             tensors["rejected_top_ids"] = torch.cat([ids for _, _, ids, _ in self._rejected]).cpu()
             tensors["rejected_top_logprobs"] = torch.cat([values for _, _, _, values in self._rejected]).cpu()
-        return Features(start, tensors)
+        return Features(start, self._layers, tensors)
 
 
 def _top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

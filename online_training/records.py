@@ -75,6 +75,7 @@ class Features:
 
     Args:
         start: position of the first row of ``aux_hidden``.
+        layers: whose states these are, as in ``specdec.types.HiddenStates``.
         tensors: ``aux_hidden`` [n, layers * E] bfloat16: states at the tokens from ``start`` on;
             ``top_ids`` and ``top_logprobs`` [C, k]: the target's likeliest tokens at each output position, int32 and
             float16; ``rejected_nodes`` [D, 2] int32: (round, node) of draft tokens behind the first rejection, with
@@ -82,6 +83,7 @@ class Features:
     """
 
     start: int
+    layers: tuple[int, ...]
     tensors: Mapping[str, Tensor]
 
     @property
@@ -143,6 +145,7 @@ _SCHEMA = pa.schema(
         ("token_ids", pa.list_(pa.int32())),
         ("inclusion", pa.float64()),
         ("features_start", pa.int32()),
+        ("features_layers", pa.list_(pa.int32())),
         *((name, pa.list_(pa.int32())) for name in _ROUND_COLUMNS),
     ]
 )
@@ -157,6 +160,7 @@ def write_meta(records: Sequence[TraceRecord]) -> bytes:
             "sampling": list(record.sampling.items()),
             "token_ids": record.token_ids,
             "features_start": record.features.start if record.features else None,
+            "features_layers": record.features.layers if record.features else None,
             **{name: getattr(record.rounds, name) for name in _ROUND_COLUMNS},
         }
         for record in records
@@ -197,7 +201,7 @@ def _record(row: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TraceRecor
         sampling=dict(row["sampling"]),
         token_ids=_ints(row["token_ids"]),
         rounds=Rounds(**{name: _ints(row[name]) for name in _ROUND_COLUMNS}),
-        features=Features(start, own) if start is not None and own else None,
+        features=Features(start, tuple(row["features_layers"]), own) if start is not None and own else None,
     )
 
 

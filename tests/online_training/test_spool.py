@@ -51,7 +51,7 @@ def test_what_was_put_is_leased_unchanged(tmp_path: Path) -> None:
             assert getattr(got.rounds, column).tolist() == getattr(wanted.rounds, column).tolist()
     features = lease.records[0].features
     assert features is not None
-    assert features.start == 1
+    assert (features.start, features.layers) == (1, (0, 2))
     assert torch.equal(features.tensors["aux_hidden"], torch.arange(6, dtype=torch.bfloat16).reshape(3, 2))
     assert lease.records[1].features is None
     assert first.rounds.first_rejected.tolist() == [3]  # the second round's draft was right to its end

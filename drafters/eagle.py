@@ -105,9 +105,10 @@ class EagleDrafter:
         trees = [DraftTree.root_only(int(state.token_ids[-1])) for state in states]
         for state in states:
             self._take_states(state)
-        ready = [row for row, state in enumerate(states) if self._is_ready(state)]
+        # Without a budget the states are kept unread: a draft of theirs may never be wanted.
+        ready = [row for row, state in enumerate(states) if budgets[row] > 0 and self._is_ready(state)]
         outputs = self._read([states[row] for row in ready])
-        rows = [row for row in ready if row in {ready[i] for i in outputs} and budgets[row] > 0]
+        rows = [row for row in ready if row in {ready[i] for i in outputs}]
         if not rows:
             return trees
         drafting = [states[row] for row in rows]

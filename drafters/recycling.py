@@ -17,7 +17,7 @@ from specdec.drafters.store import RetrievalStore
 from specdec.drafters.successors import TEMPLATE, SuccessorTable
 from specdec.errors import InternalError
 from specdec.protocols import DrafterNeeds
-from specdec.types import DraftTree, IntArray, RequestState, StepEvent
+from specdec.types import DraftTree, IntArray, RequestState, StepEvent, VerifyResult
 
 __all__ = ["RecyclingDrafter"]
 
@@ -32,14 +32,15 @@ class RecyclingDrafter:
     def __init__(self, *, store: RetrievalStore | None = None) -> None:
         self.needs = DrafterNeeds()
         self.store = store or RetrievalStore()
-        self._live: dict[str, tuple[SuccessorTable, IntArray]] = {}  # and the template nodes of the pending draft
+        # And the pending draft: template nodes, tokens, parents. What is verified may be a part of it, or fused.
+        self._live: dict[str, tuple[SuccessorTable, tuple[IntArray, IntArray, IntArray] | None]] = {}
 
     def start(self, states: Sequence[RequestState]) -> None:
         for state in states:
             table = self.store.successors(state.request.tenant)
             with self.store.lock:
                 table.seed(state.token_ids, state.request_id)
-            self._live[state.request_id] = (table, np.zeros(1, np.int32))
+            self._live[state.request_id] = (table, None)
 
     def propose(self, states: Sequence[RequestState], budgets: Sequence[int]) -> list[DraftTree]:
         trees = []
@@ -49,7 +50,7 @@ class RecyclingDrafter:
             table, _ = self._live[state.request_id]
             with self.store.lock:
                 tokens, parents, values, nodes = table.fill(int(state.token_ids[-1]), int(budget))
-            self._live[state.request_id] = (table, nodes)
+            self._live[state.request_id] = (table, (nodes, tokens, parents))
             trees.append(DraftTree(tokens, parents, values))
         return trees
 
@@ -58,7 +59,7 @@ class RecyclingDrafter:
             live = self._live.get(event.state.request_id)
             if live is None:
                 continue
-            table, nodes = live
+            table, draft = live
             first, last = event.output.cu_nodes[event.row : event.row + 2].tolist()
             logits = event.output.logits[first:last]
             width = min(TEMPLATE.width, logits.shape[-1])
@@ -66,9 +67,22 @@ class RecyclingDrafter:
             accepted = event.result.accepted_nodes.tolist()
             with self.store.lock:
                 table.update(event.tree.token_ids, event.tree.depths(), accepted, successors, event.state.request_id)
-                if len(nodes) == len(event.tree):  # not pruned or fused: each node is where the template put it
-                    table.count(nodes, event.tree.parents, accepted)
+                if draft is not None:
+                    nodes, tokens, parents = draft
+                    table.count(nodes, parents, _path(tokens, parents, event.result))
+            self._live[event.state.request_id] = (table, None)
 
     def stop(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             self._live.pop(request_id, None)
+
+
+def _path(token_ids: IntArray, parents: IntArray, result: VerifyResult) -> list[int]:
+    """The nodes of a tree that the target's choice runs through, without the root."""
+    path: list[int] = []
+    for token_id in (*result.accepted_ids.tolist(), result.bonus_id):
+        children = np.flatnonzero((parents == (path[-1] if path else 0)) & (token_ids == token_id))
+        if len(children) == 0:
+            break
+        path.append(int(children[0]))
+    return path

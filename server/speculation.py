@@ -101,6 +101,9 @@ class CappedController:
         planned = self._inner.plan(states, load)
         return [budget if cap is None else min(budget, cap) for budget, cap in zip(planned, caps, strict=True)]
 
+    def admit(self, states: Sequence[RequestState], trees: Sequence[DraftTree]) -> Sequence[DraftTree]:
+        return self._inner.admit(states, trees)
+
     def observe(self, events: Sequence[StepEvent]) -> None:
         self._inner.observe(events)
 

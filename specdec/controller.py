@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from specdec.errors import ConfigError
 from specdec.protocols import Load
-from specdec.types import RequestState, StepEvent
+from specdec.types import DraftTree, RequestState, StepEvent
 
 __all__ = ["BackoffController", "FixedController"]
 
@@ -35,6 +35,9 @@ class FixedController:
 
     def plan(self, states: Sequence[RequestState], load: Load) -> list[int]:
         return [self._budget] * len(states)
+
+    def admit(self, states: Sequence[RequestState], trees: Sequence[DraftTree]) -> Sequence[DraftTree]:
+        return trees
 
     def observe(self, events: Sequence[StepEvent]) -> None:
         """Nothing to learn."""
@@ -71,6 +74,9 @@ class BackoffController:
             live = {state.request_id for state in states}
             self._budgets = {name: budget for name, budget in self._budgets.items() if name in live}
         return [self._budgets.get(state.request_id, self._max_budget) for state in states]
+
+    def admit(self, states: Sequence[RequestState], trees: Sequence[DraftTree]) -> Sequence[DraftTree]:
+        return trees
 
     def observe(self, events: Sequence[StepEvent]) -> None:
         for event in events:

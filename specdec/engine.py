@@ -214,6 +214,7 @@ class Engine:
         self._check_trees(states, trees, limits)
         if not self.target.supports_trees:
             trees = [tree.to_chain() for tree in trees]
+        trees = list(self.controller.admit(states, trees))
         return {state.request_id: tree for state, tree in zip(states, trees, strict=True)}
 
     def _check_trees(self, states: Sequence[RequestState], trees: Sequence[DraftTree], limits: Sequence[int]) -> None:

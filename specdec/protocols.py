@@ -69,6 +69,9 @@ class Controller(Protocol):
     def plan(self, states: Sequence[RequestState], load: Load) -> list[int]:
         """A budget >= 0 per request; 0 is always allowed and means plain decoding."""
 
+    def admit(self, states: Sequence[RequestState], trees: Sequence[DraftTree]) -> Sequence[DraftTree]:
+        """What of the drafts is verified: per request the tree itself or a connected part of it with the root."""
+
     def observe(self, events: Sequence[StepEvent]) -> None:
         """Learn from what the last step cost and brought."""
 

@@ -111,10 +111,16 @@ class DraftTree:
         nodes = [0]
         while nodes[-1] in best:
             nodes.append(best[nodes[-1]])
+        return self.subtree(np.array(nodes))
+
+    def subtree(self, nodes: npt.NDArray[np.integer]) -> DraftTree:
+        """The tree of some nodes: ascending, the root first, each with its parent."""
+        number = np.full(len(self) + 1, -1, dtype=np.int32)  # the last entry is that of parent -1
+        number[nodes] = np.arange(len(nodes), dtype=np.int32)
         values = None if self.values is None else self.values[nodes]
         sources = None if self.sources is None else self.sources[nodes]
         probs = None if self.draft_probs is None else self.draft_probs[nodes]
-        return DraftTree(self.token_ids[nodes], np.arange(-1, len(nodes) - 1, dtype=np.int32), values, sources, probs)
+        return DraftTree(self.token_ids[nodes], number[self.parents[nodes]], values, sources, probs)
 
     def check(self, vocab_size: int) -> None:
         """Raise ``ValueError`` unless every rule of the class docstring holds. For tests and for foreign drafters."""

@@ -133,14 +133,20 @@ class Request:
         prompt_ids: [P] int32, P >= 1.
         sampling: law and stopping rules.
         tenant: whose text this is; retrieval stores never share text between tenants.
+        priority: how much a token of this request is worth beside one of others, > 0; only speed depends on it.
+        tpot_ms: milliseconds per output token that are good enough, > 0; None: as fast as can be. Likewise.
     """
 
     request_id: str
     prompt_ids: IntArray
     sampling: SamplingParams = field(default_factory=SamplingParams)
     tenant: str = ""
+    priority: float = 1.0
+    tpot_ms: float | None = None
 
     def __post_init__(self) -> None:
+        _require(0 < self.priority < math.inf, "priority", "> 0 and finite", self.priority)
+        _require(self.tpot_ms is None or 0 < self.tpot_ms < math.inf, "tpot_ms", "> 0 and finite", self.tpot_ms)
         given = np.asarray(self.prompt_ids)
         if given.ndim != 1 or len(given) == 0:
             raise RequestError(f"prompt_ids must be a non-empty list of token ids, got shape {given.shape}")

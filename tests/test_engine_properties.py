@@ -69,6 +69,9 @@ class CyclingController:
         self._next += len(states)
         return [self._budgets[(self._next + i) % len(self._budgets)] for i in range(len(states))]
 
+    def admit(self, states: Sequence[RequestState], trees: Sequence[DraftTree]) -> Sequence[DraftTree]:
+        return trees
+
     def observe(self, events: Sequence[StepEvent]) -> None:
         """Nothing to learn."""
 

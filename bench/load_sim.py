@@ -1,0 +1,293 @@
+"""Discrete-event simulation of a served load: arrivals against a cost table and recorded acceptance, on paper.
+
+Each replica works as the engine does: senior requests first, prompts in pieces that share the step with decoding, every
+running request one step at a time; what a step costs is read from the table, what it brings from the record. Replicas
+share nothing but the arrivals, which go to them in turn. So thousands of them are a matter of minutes, and a policy can
+be chosen before anything is deployed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from specdec.bench.arrivals import Arrival
+from specdec.bench.recorded_acceptance import Answer, RecordedAcceptance
+from specdec.cost_model import CostModel
+from specdec.errors import ConfigError
+from specdec.step_budget import StepBudget
+
+__all__ = ["LoadLimits", "Policy", "Served", "prepare_arrivals", "simulate_load", "summarize_load"]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How much is drafted: ``none``, ``adaptive``, or ``static-K`` for the K best nodes of every request.
+
+    Raises:
+        ConfigError: another name.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in ("none", "adaptive") and not (
+            self.name.startswith("static-") and self.name.removeprefix("static-").isdecimal()
+        ):
+            raise ConfigError(f"a policy is none, adaptive or static-K, got {self.name!r}")
+
+    @property
+    def length(self) -> int:
+        """K of a static policy, else 0."""
+        return int(self.name.removeprefix("static-")) if self.name.startswith("static-") else 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadLimits:
+    """What one replica takes on; see ``EngineConfig``."""
+
+    max_batch_size: int = 16
+    max_prefill_tokens: int = 512
+    max_budget: int = 64
+
+    def __post_init__(self) -> None:
+        if min(self.max_batch_size, self.max_prefill_tokens, self.max_budget) < 1:
+            raise ConfigError(f"limits must be at least 1, got {self}")
+
+
+@dataclass(slots=True)
+class Served:
+    """One request: when it came and was served, in seconds, and how many tokens it got in how many steps."""
+
+    arrival_s: float
+    prompt_tokens: int
+    response_tokens: int
+    first_s: float = 0.0
+    last_s: float = 0.0
+    steps: int = 0
+    drafted: int = 0
+
+    @property
+    def ttft_ms(self) -> float:
+        """Milliseconds to the first token."""
+        return 1e3 * (self.first_s - self.arrival_s)
+
+    @property
+    def tpot_ms(self) -> float:
+        """Milliseconds per further token."""
+        return 1e3 * (self.last_s - self.first_s) / max(self.response_tokens - 1, 1)
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    served: Served
+    answer: Answer
+    position: int  # in the answer
+    emitted: int = 0
+    to_cache: int = 0  # prompt tokens left
+
+
+class _Replica:
+    """One engine on paper."""
+
+    def __init__(
+        self, costs: CostModel, acceptance: RecordedAcceptance, policy: Policy, limits: LoadLimits, seed: int
+    ) -> None:
+        self._costs, self._acceptance, self._policy, self._limits = costs, acceptance, policy, limits
+        # The controller starts from the same tables and learns on a copy of its own.
+        own = CostModel.of_dict(costs.as_dict()) if policy.name == "adaptive" else costs
+        self._budget = StepBudget(own)
+        self._rng = np.random.default_rng(seed)
+        self._running: list[_Running] = []
+        self.now = 0.0
+        self.busy_s = 0.0
+
+    def run(self, arrivals: Sequence[Arrival]) -> list[Served]:
+        """Serve everything to its end."""
+        waiting, done = deque(arrivals), list[Served]()
+        while waiting or self._running:
+            if not self._running:
+                self.now = max(self.now, waiting[0].time_s)
+            while waiting and waiting[0].time_s <= self.now and len(self._running) < self._limits.max_batch_size:
+                self._admit(waiting.popleft())
+            self._step()
+            for one in self._running:
+                if one.emitted >= one.served.response_tokens:
+                    one.served.last_s = self.now
+                    done.append(one.served)
+            self._running = [one for one in self._running if one.emitted < one.served.response_tokens]
+        return done
+
+    def _admit(self, arrival: Arrival) -> None:
+        answers = self._acceptance.answers
+        answer = answers[int(self._rng.integers(len(answers)))]
+        start = int(self._rng.integers(answer.num_positions))
+        served = Served(arrival.time_s, arrival.prompt_tokens, arrival.response_tokens)
+        self._running.append(_Running(served, answer, start, to_cache=max(arrival.prompt_tokens - 1, 0)))
+
+    def _step(self) -> None:
+        decoding, prefill = self._plan_prefill()
+        context = 1.0
+        if decoding:
+            context = sum(one.served.prompt_tokens + one.emitted for one in decoding) / len(decoding)
+        at = [one.answer.at(one.position) for one in decoding]
+        sizes, draft_ms = self._sizes([values for values, _ in at], context, prefill)
+        drafted = int(sum(sizes))
+        tokens = len(decoding) + prefill + drafted
+        step_ms = self._costs.step_ms(tokens, context, max(len(decoding), 1)) + draft_ms
+        self.now += step_ms / 1e3
+        self.busy_s += step_ms / 1e3
+        emitted = 0
+        for one, (_, gains), size in zip(decoding, at, sizes, strict=True):
+            count = min(int(gains[size]) + 1, one.served.response_tokens - one.emitted)
+            if one.emitted == 0:
+                one.served.first_s = self.now
+            one.emitted += count
+            one.position += count
+            one.served.steps += 1
+            one.served.drafted += int(size)
+            emitted += count
+        if decoding and self._policy.name == "adaptive":
+            self._budget.finish(emitted, drafted, {"draft": draft_ms, "target": step_ms - draft_ms})
+
+    def _plan_prefill(self) -> tuple[list[_Running], int]:
+        """Who decodes in this step, and how many prompt tokens share it."""
+        left, decoding = self._limits.max_prefill_tokens, []
+        for one in self._running:
+            piece = min(one.to_cache, left)
+            one.to_cache -= piece
+            left -= piece
+            if one.to_cache == 0:
+                decoding.append(one)
+        return decoding, self._limits.max_prefill_tokens - left
+
+    def _sizes(
+        self, values: Sequence[npt.NDArray[np.float32]], context: float, prefill: int
+    ) -> tuple[Sequence[int], float]:
+        """How many nodes of each request are verified, and what drafting took."""
+        if self._policy.name == "none" or not values:
+            return [0] * len(values), 0.0
+        draft_ms = self._draft_ms(len(values), context)
+        if self._policy.length:
+            return [min(len(own), self._policy.length) for own in values], draft_ms
+        most = self._budget.begin(len(values), context, prefill, self._limits.max_budget)
+        if most == 0:
+            return [0] * len(values), 0.0
+        bounded = [own[:most] for own in values]
+        flat = np.concatenate(bounded)
+        order = np.argsort(-flat, kind="stable")
+        chosen = order[: self._budget.choose(flat[order])]
+        owner = np.repeat(np.arange(len(values)), [len(own) for own in bounded])
+        return np.bincount(owner[chosen], minlength=len(values)).tolist(), draft_ms
+
+    def _draft_ms(self, num_requests: int, context: float) -> float:
+        table = self._costs.tables["draft"]
+        return table.at(num_requests, context, num_requests) if table.is_measured else 0.0
+
+
+def prepare_arrivals(
+    arrivals: Iterable[Arrival], *, load: float = 1.0, max_requests: int = 0, max_tokens: int = 0
+) -> list[Arrival]:
+    """Arrivals for a simulation: in order of time, ``load`` times as fast, without those that nothing was answered to.
+
+    Args:
+        arrivals: of a trace.
+        load: > 0; 2 = the same requests in half the time.
+        max_requests: the first so many; 0: all.
+        max_tokens: prompts and responses are cut to so many; 0: not.
+
+    Raises:
+        ConfigError: the load is not positive, or nothing is left.
+    """
+    if not load > 0:
+        raise ConfigError(f"load must be > 0, got {load}")
+    kept = sorted((a for a in arrivals if a.response_tokens > 0), key=lambda a: a.time_s)[: max_requests or None]
+    if not kept:
+        raise ConfigError("the arrival trace has no request with a response")
+    most = max_tokens or max(max(a.prompt_tokens, a.response_tokens) for a in kept)
+    first = kept[0].time_s
+    return [
+        Arrival(
+            (a.time_s - first) / load, max(min(a.prompt_tokens, most), 1), min(a.response_tokens, most), a.session_id
+        )
+        for a in kept
+    ]
+
+
+def simulate_load(
+    arrivals: Sequence[Arrival],
+    costs: CostModel,
+    acceptance: RecordedAcceptance,
+    policy: Policy,
+    *,
+    limits: LoadLimits | None = None,
+    replicas: int = 1,
+    seed: int = 0,
+) -> tuple[list[Served], float]:
+    """Serve all arrivals.
+
+    Args:
+        arrivals: in order of time; they go to the replicas in turn.
+        costs: measured.
+        acceptance: what drafts bring.
+        policy: how much is drafted.
+        limits: of each replica.
+        replicas: engines, >= 1.
+        seed: which answer each request gives; the same for every policy.
+
+    Returns:
+        The requests, and the mean share of time that a replica was busy.
+
+    Raises:
+        ConfigError: a number is outside its rule, or the cost table is empty.
+    """
+    if replicas < 1:
+        raise ConfigError(f"replicas must be at least 1, got {replicas}")
+    if not costs.is_measured:
+        raise ConfigError("the cost table is empty: measure it first")
+    served: list[Served] = []
+    busy = 0.0
+    for number in range(min(replicas, len(arrivals))):
+        replica = _Replica(costs, acceptance, policy, limits or LoadLimits(), seed + number)
+        served += replica.run(arrivals[number::replicas])
+        busy += replica.busy_s / max(replica.now, 1e-9)
+    return served, busy / replicas
+
+
+def summarize_load(served: Sequence[Served], *, ttft_ms: float, tpot_ms: float) -> dict[str, Any]:
+    """The figures that a policy is chosen by.
+
+    Args:
+        served: what ``simulate_load`` gave.
+        ttft_ms: time to the first token that is good enough.
+        tpot_ms: time per further token that is good enough.
+
+    Returns:
+        Throughput and goodput (tokens of requests that met both) in tokens per second from the first arrival to the
+        last token, the share of such requests, TTFT and TPOT percentiles in ms, tokens per step, drafted per step.
+    """
+    ttft = np.array([one.ttft_ms for one in served])
+    tpot = np.array([one.tpot_ms for one in served])
+    tokens = np.array([one.response_tokens for one in served])
+    steps = sum(one.steps for one in served)
+    seconds = max(one.last_s for one in served) - min(one.arrival_s for one in served)
+    is_good = (ttft <= ttft_ms) & (tpot <= tpot_ms)
+    return {
+        "requests": len(served),
+        "seconds": float(seconds),
+        "tokens_per_s": float(tokens.sum() / seconds),
+        "goodput_tokens_per_s": float(tokens[is_good].sum() / seconds),
+        "good_share": float(is_good.mean()),
+        "ttft_p50_ms": float(np.percentile(ttft, 50)),
+        "ttft_p99_ms": float(np.percentile(ttft, 99)),
+        "tpot_p50_ms": float(np.percentile(tpot, 50)),
+        "tpot_p99_ms": float(np.percentile(tpot, 99)),
+        "tpot_mean_ms": float(tpot.mean()),
+        "tokens_per_step": float(tokens.sum() / max(steps, 1)),
+        "drafted_per_step": sum(one.drafted for one in served) / max(steps, 1),
+    }

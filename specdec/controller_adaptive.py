@@ -1,0 +1,139 @@
+"""Spends verification where it buys tokens: the best nodes of the whole batch while they pay, and none if none do.
+
+Before drafting, ``plan`` bounds each request's draft by what could pay if every node were right. After drafting,
+``admit`` verifies the best nodes of all requests together; see ``specdec.step_budget`` for how many. Values fall along
+a path, so the best nodes are connected (OPT-Tree, 2406.17276).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+import numpy as np
+
+from specdec.cost_model import CostModel
+from specdec.drafters.fusion_kernels import effective_values
+from specdec.errors import ConfigError
+from specdec.protocols import Load
+from specdec.step_budget import StepBudget
+from specdec.types import DraftTree, RequestState, StepEvent
+
+__all__ = ["AdaptiveController"]
+
+_NO_VALUE = 0.5  # of a path per token, for drafters that state no values
+_MAX_WEIGHT = 4.0  # of a request that is late, over one that is in time
+_LATE_SHARE = 0.1  # of the newest step in a request's lateness
+_GAP_MS = 100.0  # a longer pause between two steps is not the host's work
+
+
+class AdaptiveController:
+    """Budgets from measured costs and calibrated chances (`specdec.protocols.Controller`).
+
+    Requests with a ``tpot_ms`` weigh up to four times more while they are behind it, and down to a quarter while they
+    are ahead; ``priority`` multiplies.
+
+    Args:
+        costs: times of the parts; learned from steps where it knows none.
+        max_budget: most draft tokens of one request, >= 1.
+        floor: the least speed against plain decoding that is put up with, in (0, 1]; below it, speculation pauses.
+        hysteresis: see ``StepBudget``.
+        clock: seconds.
+
+    Raises:
+        ConfigError: an option is outside its rule.
+    """
+
+    def __init__(
+        self,
+        costs: CostModel | None = None,
+        *,
+        max_budget: int = 64,
+        floor: float = 0.97,
+        hysteresis: float = 0.005,
+        clock: Callable[[], float] = perf_counter,
+    ) -> None:
+        if max_budget < 1:
+            raise ConfigError(f"max_budget must be >= 1, got {max_budget}")
+        self.budget = StepBudget(costs or CostModel(), floor=floor, hysteresis=hysteresis)
+        self._max_budget = max_budget
+        self._clock = clock
+        self._observed_at: float | None = None
+        self._host_ms = 0.0
+        self._lateness: dict[str, float] = {}
+
+    @property
+    def costs(self) -> CostModel:
+        """What the parts cost, as known now."""
+        return self.budget.costs
+
+    def plan(self, states: Sequence[RequestState], load: Load) -> list[int]:
+        self._host_ms = 0.0
+        if self._observed_at is not None:  # between two steps the host works: scheduling, streaming, observers
+            gap = 1e3 * (self._clock() - self._observed_at)
+            self._host_ms = gap if gap < _GAP_MS else 0.0
+        if not states:
+            return []
+        context = sum(state.num_tokens for state in states) / len(states)
+        most = self.budget.begin(len(states), context, load.num_prefill_tokens, self._max_budget)
+        return [most] * len(states)
+
+    def admit(self, states: Sequence[RequestState], trees: Sequence[DraftTree]) -> Sequence[DraftTree]:
+        total = sum(tree.num_draft_tokens for tree in trees)
+        if total == 0:
+            return trees
+        values = np.concatenate(
+            [self._weight(state) * _node_values(tree)[1:] for state, tree in zip(states, trees, strict=True)]
+        )
+        order = np.argsort(-values, kind="stable")
+        size = self.budget.choose(values[order])
+        if size == total:
+            return trees
+        chosen = np.zeros(total, dtype=np.bool_)
+        chosen[order[:size]] = True
+        admitted, first = [], 0
+        for tree in trees:
+            kept = chosen[first : first + tree.num_draft_tokens]
+            admitted.append(tree if kept.all() else tree.subtree(np.flatnonzero(np.append(True, kept))))
+            first += tree.num_draft_tokens
+        return admitted
+
+    def _weight(self, state: RequestState) -> np.float32:
+        return np.float32(state.request.priority * self._lateness.get(state.request_id, 1.0))
+
+    def observe(self, events: Sequence[StepEvent]) -> None:
+        self._observed_at = self._clock()
+        if not events:
+            return
+        trace = events[0].trace
+        parts = {
+            "draft": trace.draft_ms, "target": trace.target_ms, "verify": trace.verify_ms, "commit": trace.commit_ms,
+            "host": self._host_ms,
+        }  # fmt: skip
+        self.budget.finish(
+            sum(event.trace.num_emitted for event in events),
+            sum(event.trace.num_draft_tokens for event in events),
+            parts,
+        )
+        self._note_lateness(events, sum(parts.values()))
+
+    def _note_lateness(self, events: Sequence[StepEvent], spent: float) -> None:
+        for event in events:
+            target = event.state.request.tpot_ms
+            if target is not None:
+                late = spent / max(event.trace.num_emitted, 1) / target
+                name = event.state.request_id
+                before = self._lateness.get(name, 1.0)
+                moved = before + _LATE_SHARE * (late - before)
+                self._lateness[name] = min(max(moved, 1 / _MAX_WEIGHT), _MAX_WEIGHT)
+        # Nobody says when a request ends; see ``BackoffController``.
+        if len(self._lateness) > 2 * len(events) + 64:
+            live = {event.state.request_id for event in events}
+            self._lateness = {name: value for name, value in self._lateness.items() if name in live}
+
+
+def _node_values(tree: DraftTree) -> np.ndarray:
+    values = tree.values
+    if values is None:
+        values = (_NO_VALUE ** tree.depths()).astype(np.float32)
+    return effective_values(tree.parents, values)  # type: ignore[no-any-return]

@@ -1,0 +1,131 @@
+"""How many draft tokens a step should verify, given what each is worth and what the step costs.
+
+Of the nodes of all requests, sorted by value (the calibrated chance that the path to a node is accepted), a step
+verifies the first B, for the B that maximises
+
+    sum of the B best values  -  rate * milliseconds(B)
+
+where ``rate`` is what the engine emits per millisecond at present. A step is made larger only while the tokens that it
+adds come faster than the engine makes them anyway; in the long run this maximises tokens per time (Dinkelbach's
+condition for the ratio of two sums). B = 0 is plain decoding.
+
+Sources: TETRIS (2502.15197) and vLLM's adaptive verification for one budget over all requests, SmartSpec (2406.14066)
+for goodput as the aim, Cascade (2506.20675) for the guard.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from specdec.controller_floor import Floor
+from specdec.cost_model import CostModel
+from specdec.errors import ConfigError
+from specdec.tree import FloatArray
+
+__all__ = ["StepBudget", "choose_size"]
+
+_NEWEST = 0.03  # share of one step in the speed-up that the rate is made of
+_NO_NODE = 1e9  # a threshold that no value reaches
+
+
+def choose_size(values: FloatArray, costs_ms: npt.NDArray[np.floating], rate: float) -> int:
+    """How many of the nodes to verify.
+
+    Args:
+        values: [N] descending: weighted chance that each is accepted.
+        costs_ms: [N + 1] of the step that verifies the first 0, 1, ... N of them.
+        rate: tokens per millisecond that the engine makes at present.
+
+    Returns:
+        The B in [0, N] with the largest ``values[:B].sum() - rate * costs_ms[B]``; of equal ones the smallest.
+
+    Example:
+        >>> choose_size(np.array([0.9, 0.5, 0.1], np.float32), np.array([10.0, 11.0, 12.0, 13.0]), rate=0.2)
+        2
+    """
+    gains = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    return int(np.argmax(gains - rate * costs_ms))
+
+
+class StepBudget:
+    """The decision of every step and what it learns from it; knows numbers only.
+
+    Args:
+        costs: times of the parts; learned from steps where it knows none.
+        floor: the least speed against plain decoding that is put up with, in (0, 1]; below it, speculation pauses.
+        hysteresis: the value at which nodes are cut off changes only for more than so many tokens per request, >= 0.
+
+    Raises:
+        ConfigError: an option is outside its rule.
+    """
+
+    def __init__(self, costs: CostModel, *, floor: float = 0.97, hysteresis: float = 0.005) -> None:
+        if not hysteresis >= 0:
+            raise ConfigError(f"hysteresis must be >= 0, got {hysteresis}")
+        self.costs = costs
+        self.floor = Floor(floor)
+        self.speedup = 1.0  # of the engine over plain decoding, in the recent past
+        self._hysteresis = hysteresis
+        self._threshold = 0.0  # nodes below it were cut off when it last changed
+        self._requests, self._context, self._prefill = 0, 1.0, 0
+        self._may_draft = False
+
+    def begin(self, num_requests: int, context: float, num_prefill: int, most: int) -> int:
+        """A step begins; returns the most draft tokens of one request that could pay even if all were right.
+
+        Args:
+            num_requests: that decode.
+            context: their mean length in tokens.
+            num_prefill: prompt tokens in the same forward.
+            most: the largest answer wanted.
+        """
+        self._requests, self._context, self._prefill = num_requests, context, num_prefill
+        # Prompt tokens take their time in any case: what a token is worth is told by steps that only decode.
+        plain_ms = self.costs.step_ms(num_requests, context, num_requests)
+        self.costs.tokens_per_ms = self.speedup * num_requests / max(plain_ms, 1e-9)
+        self._may_draft = self.floor.may_draft()
+        if not self._may_draft:
+            return 0
+        costs = self._step_ms(most * num_requests)
+        return min(most, choose_size(np.ones(len(costs) - 1, np.float32), costs, self.costs.tokens_per_ms))
+
+    def _step_ms(self, num_draft_tokens: int) -> npt.NDArray[np.float64]:
+        """[n + 1] milliseconds of this step with 0 to n draft tokens."""
+        fixed = self._requests + self._prefill
+        return self.costs.step_curve(np.arange(fixed, fixed + num_draft_tokens + 1), self._context, self._requests)
+
+    def choose(self, values: FloatArray) -> int:
+        """How many of the nodes [N], values descending, to verify.
+
+        The threshold of the last step is kept where it is about as good: sizes should not flutter.
+        """
+        costs, rate = self._step_ms(len(values)), self.costs.tokens_per_ms
+        size = choose_size(values, costs, rate)
+        as_before = int(np.searchsorted(-values, -self._threshold, side="right"))
+        better = float(values[as_before:size].sum() - values[size:as_before].sum())
+        better -= rate * float(costs[size] - costs[as_before])
+        if better <= self._hysteresis * self._requests:
+            return as_before
+        self._threshold = float(values[size - 1]) if size else _NO_NODE
+        return size
+
+    def finish(self, emitted: int, drafted: int, parts_ms: dict[str, float]) -> None:
+        """A step is over.
+
+        Args:
+            emitted: tokens of all requests.
+            drafted: draft tokens that were verified.
+            parts_ms: what the parts took; see ``specdec.cost_model.PARTS``.
+        """
+        plain_ms, is_known = float(self._step_ms(0)[0]), self.costs.is_measured
+        tokens = self._requests + self._prefill + drafted
+        for part, ms in parts_ms.items():
+            self.costs.tables[part].observe(tokens, self._context, self._requests, ms)
+        if not is_known:
+            return
+        spent, tokens_each = sum(parts_ms.values()), emitted / self._requests
+        speedup = min(tokens_each * plain_ms / spent, 64.0)
+        if self._prefill == 0:
+            self.speedup = max(1.0, self.speedup + _NEWEST * (speedup - self.speedup))
+        self.floor.observe(tokens_each, spent, plain_ms, has_drafted=self._may_draft)

@@ -69,6 +69,11 @@ class DraftModel:
         self._cache = GrowingCache(self._target.pool)
 
     @property
+    def hf_model(self) -> PreTrainedModel:
+        """The model itself."""
+        return self._target.model
+
+    @property
     def num_used(self) -> int:
         """KV slots taken; 0 when no request is held."""
         return self._target.pool.num_used

@@ -20,7 +20,7 @@ from specdec.rope import freeze_rope
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["load_layer_parallel", "load_lm", "load_model", "same_tokens"]
+__all__ = ["load_layer_parallel", "load_lm", "load_model", "same_tokens", "tokenizer_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def load_lm(
         around_growth=nullcontext if fuzzy is None else fuzzy.active,
     )  # fmt: skip
     vocab_size = int(target.config.get_text_config().vocab_size)
-    own = _tokenizer_of(path)
+    own = tokenizer_of(path)
     if own is not None and tokenizer is not None and not same_tokens(own, tokenizer):
         if draws is not None:
             raise UnsupportedError(
@@ -138,7 +138,7 @@ def _fuzzy(model: PreTrainedModel, size: int, *, is_forced: bool) -> FuzzyLayers
     return layers
 
 
-def _tokenizer_of(path: Path) -> PreTrainedTokenizerBase | None:
+def tokenizer_of(path: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside a model, or None."""
     import transformers
 

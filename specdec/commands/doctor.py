@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +14,7 @@ from specdec.commands.options import DeviceOption, DTypeOption, JsonOption
 from specdec.errors import LoadError, UnsupportedError
 
 if TYPE_CHECKING:
-    from specdec.doctor import DoctorReport
+    from specdec.doctor import DoctorReport, DrafterReport, Problem
     from specdec.doctor.report import Attention, Memory, StepCosts
 
 __all__ = ["doctor"]
@@ -31,24 +33,36 @@ def doctor(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Requests at a time, for memory and costs.")] = 1,
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens per request, likewise.")] = 1024,
     seconds: Annotated[float, typer.Option("--seconds", min=0, help="For measuring steps; 0 measures nothing.")] = 30.0,
+    drafter: Annotated[
+        str | None,
+        typer.Option("--drafter", "-d", help="KIND:PATH: also explain how much of its guesses is accepted, and why."),
+    ] = None,
     dtype: DTypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Examine a model before serving it: its path and why, memory, where speculation breaks even, problems.
 
+    With --drafter eagle:PATH or lm:PATH it names what keeps the acceptance length low: template, vocabulary, layers,
+    norm, rope, context, quantisation.
+
     A model that cannot be served gets a report too. Exit status: 0, or 2 if there is nothing to examine.
     """
-    report = _examine(model, batch, context, seconds, (dtype, device))
+    report = _examine(model, batch, context, seconds, (dtype, device), drafter)
     if as_json:
         printing.result(report.as_json())
     else:
         printing.text(_as_text(report))
 
 
-def _examine(model: str, batch: int, context: int, seconds: float, place: tuple[str, str]) -> DoctorReport:
-    from specdec.doctor import examine, refused_report
+def _examine(
+    model: str, batch: int, context: int, seconds: float, place: tuple[str, str], drafter: str | None
+) -> DoctorReport:
+    from specdec.build import name_drafter
+    from specdec.doctor import examine, examine_drafter, refused_report
 
+    if drafter is not None:
+        name_drafter(drafter)  # what is wrong with a name is said before the minutes that loading may take
     try:
         loaded: LoadedModel = load_model(model, dtype=place[0], device=place[1], needs_tokenizer=False)  # type: ignore[arg-type]
     except UnsupportedError as error:
@@ -59,7 +73,7 @@ def _examine(model: str, batch: int, context: int, seconds: float, place: tuple[
         raise
     with printing.progress() as bar:
         task = bar.add_task("measuring steps", total=100)
-        return examine(
+        report = examine(
             loaded.model,
             loaded.tokenizer,
             name=model,
@@ -68,6 +82,9 @@ def _examine(model: str, batch: int, context: int, seconds: float, place: tuple[
             seconds=seconds,
             on_progress=lambda share: bar.update(task, completed=round(100 * share)),
         )
+        if drafter is None:
+            return report
+        return replace(report, drafter=examine_drafter(loaded.model, loaded.tokenizer, drafter, name=model))
 
 
 def _as_text(report: DoctorReport) -> str:
@@ -82,8 +99,9 @@ def _as_text(report: DoctorReport) -> str:
         lines += ["", *_labelled("Memory", _memory_lines(report.memory))]
     if report.costs is not None:
         lines += ["", *_labelled("Costs", _cost_lines(report.costs))]
-    found = [f"{problem.severity}: {problem.area}: {problem.message}" for problem in report.problems]
-    lines += ["", *_labelled("Problems", found or ["none found"])]
+    if report.drafter is not None:
+        lines += ["", *_labelled("Drafter", _drafter_lines(report.drafter))]
+    lines += ["", *_labelled("Problems", _problem_lines(report.problems) or ["none found"])]
     return "\n".join(lines) + "\n"
 
 
@@ -133,6 +151,21 @@ def _cost_lines(costs: StepCosts) -> list[str]:
             f"if {entry.acceptance:.0%} of draft tokens are right: budget {entry.budget}, {entry.speedup:.2f} x as fast"
         )
     return [*lines, "(drafting itself is not counted)"]
+
+
+def _drafter_lines(report: DrafterReport) -> list[str]:
+    lines = [report.drafter]
+    for entry in report.acceptance:
+        lines.append(
+            f"{entry.text} text: acceptance length {entry.length:.2f} over {entry.num_steps} steps, "
+            f"{entry.num_drafted} draft tokens"
+        )
+    lines += [f"{entry.text} text: names {entry.share:.0%} of the target's choices" for entry in report.agreement]
+    return lines + _problem_lines(report.problems)
+
+
+def _problem_lines(problems: Sequence[Problem]) -> list[str]:
+    return [f"{problem.severity}: {problem.area}: {problem.message}" for problem in problems]
 
 
 def _bytes(count: int) -> str:

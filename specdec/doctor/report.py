@@ -5,7 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
-__all__ = ["Attention", "BreakEven", "DoctorReport", "Memory", "Problem", "Recommendation", "Severity", "StepCosts"]
+__all__ = [
+    "Acceptance",
+    "Agreement",
+    "Attention",
+    "BreakEven",
+    "DoctorReport",
+    "DrafterReport",
+    "Memory",
+    "Problem",
+    "Recommendation",
+    "Severity",
+    "StepCosts",
+]
 
 Severity: TypeAlias = Literal["error", "warning", "note"]
 
@@ -122,7 +134,8 @@ class Problem:
     """Something that a user should know before serving this model.
 
     Args:
-        area: what it is about: "tokenizer", "generation config", "chat template", "rope", "dtype", "memory", "probe".
+        area: what it is about: "tokenizer", "generation config", "chat template", "rope", "dtype", "memory", "probe";
+            of a drafter: "template", "vocabulary", "layers", "norm", "rope", "context", "quantisation", "target".
         severity: "error": something will not work; "warning": it will work otherwise than expected; "note".
         message: what is wrong, and what to do.
     """
@@ -130,6 +143,48 @@ class Problem:
     area: str
     severity: Severity
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What the engine accepted of a drafter's guesses while it continued one text greedily.
+
+    Args:
+        text: "plain" or "chat".
+        length: mean tokens per step, the bonus token included.
+        num_steps: steps it rests on.
+        num_drafted: draft tokens in them.
+    """
+
+    text: str
+    length: float
+    num_steps: int
+    num_drafted: int
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """The share of positions of a text at which a drafter, told all that came before, names the target's choice."""
+
+    text: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterReport:
+    """A drafter with a checkpoint, examined with its target.
+
+    Args:
+        drafter: its name.
+        acceptance: per form of text.
+        agreement: likewise, in the best reading of the checkpoint; empty for one with another tokenizer.
+        problems: causes of a low acceptance length; notes are none.
+    """
+
+    drafter: str
+    acceptance: tuple[Acceptance, ...]
+    agreement: tuple[Agreement, ...]
+    problems: tuple[Problem, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +204,7 @@ class DoctorReport:
         costs: None if nothing was measured; a problem says why.
         problems: errors first.
         seconds: of the examination.
+        drafter: None if none was examined.
     """
 
     model: str
@@ -163,6 +219,7 @@ class DoctorReport:
     costs: StepCosts | None
     problems: tuple[Problem, ...]
     seconds: float = 0.0
+    drafter: DrafterReport | None = None
 
     def as_json(self) -> dict[str, Any]:
         """All records, ready for ``json.dumps``."""

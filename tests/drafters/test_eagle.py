@@ -13,7 +13,7 @@ from specdec.build import build_engine
 from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.eagle_files import read_files
 from specdec.drafters.eagle_head import attend_causally
-from specdec.drafters.eagle_loading import build_head
+from specdec.drafters.eagle_probe import build_head
 from specdec.errors import ConfigError, UnsupportedError
 from specdec.types import DraftTree, Request, RequestState, SamplingParams, StepEvent
 from tests.drafters.eagle_checkpoints import LAYOUTS, VOCAB_SIZE, eagle_target, write

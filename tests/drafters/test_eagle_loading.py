@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from specdec.build import build_engine
 from specdec.drafters.eagle_files import read_files
-from specdec.drafters.eagle_head import EagleConfig, attend_causally
-from specdec.drafters.eagle_loading import PROBE_TEXT, build_head, load_eagle, probe_readings
+from specdec.drafters.eagle_head import EagleConfig
+from specdec.drafters.eagle_loading import load_eagle
+from specdec.drafters.eagle_probe import PROBE_TEXT, Lesson, probe_readings
 from specdec.errors import LoadError
 from tests.drafters.eagle_checkpoints import VOCAB_SIZE, eagle_target, write
+from tests.drafters.eagle_training import edit_config, edit_weights, train
 from tests.tiny_models import byte_tokenizer
 
 
@@ -39,44 +39,14 @@ def truth(target: Any, tmp_path_factory: pytest.TempPathFactory) -> EagleConfig:
 def trained(target: Any, truth: EagleConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that was trained on the probe's text under ``truth``, and states something else."""
     path = write("specforge", tmp_path_factory.mktemp("trained"))
-    ids = torch.tensor(byte_tokenizer()(PROBE_TEXT)["input_ids"][:200])
-    with torch.no_grad():
-        out = target(ids[None], output_hidden_states=True)
-    wanted = out.logits[0, 1:].argmax(-1)
-    states = torch.cat([out.hidden_states[layer][0, :-1] for layer in truth.hidden_layers], -1)
-    edit_weights(path, lambda weights: weights.update(_vocabulary_of(wanted, len(weights["d2t"]))))
-    head = build_head(read_files(path), target, truth)
-    names = [name for name in head.weights if name != "embed_tokens.weight"]
-    weights = [head.weights[name].requires_grad_(True) for name in names]
-    optimiser = torch.optim.Adam(weights, lr=5e-3)
-    with torch.random.fork_rng(), torch.enable_grad():
-        for _ in range(400):
-            outputs = head.forward(ids[1:], head.fuse(states), torch.arange(len(ids) - 1), attend_causally)
-            loss = torch.nn.functional.cross_entropy(head.target_logits(outputs, VOCAB_SIZE), wanted)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-    saved = load_file(path / "model.safetensors")
-    for name, weight in zip(names, weights, strict=True):
-        saved[name.replace("layers.0.", "midlayer.")] = weight.detach().contiguous()
-    save_file(saved, path / "model.safetensors")
-    return path
-
-
-def _vocabulary_of(wanted: torch.Tensor, size: int) -> dict[str, torch.Tensor]:
-    """A draft vocabulary that knows all wanted tokens, and others up to ``size``."""
-    first = torch.unique(wanted)
-    known = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
-    known[first] = True
-    known[(~known).nonzero()[: size - len(first), 0]] = True
-    return {"t2d": known, "d2t": known.nonzero()[:, 0] - torch.arange(size)}
+    return train(path, target, truth, Lesson.of(target, byte_tokenizer()(PROBE_TEXT)["input_ids"][:200]))
 
 
 def test_the_probe_finds_the_reading_of_the_training(
     target: Any, truth: EagleConfig, trained: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ids = byte_tokenizer()(PROBE_TEXT)["input_ids"][:200]
-    readings = probe_readings(read_files(trained), target, ids)
+    readings = probe_readings(read_files(trained), target, Lesson.of(target, ids))
     best = max(readings, key=lambda reading: reading.agreement)
     assert best.config == truth
     assert best.agreement > readings[0].agreement + 0.1
@@ -115,17 +85,6 @@ def test_ids_in_place_of_offsets_are_recognised(target: Any, tmp_path: Path) -> 
 
 
 # --- checkpoints that cannot be used --------------------------------------------------------------------------------
-
-
-def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    weights = load_file(path / "model.safetensors")
-    change(weights)
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, path / "model.safetensors")
-
-
-def edit_config(path: Path, **changes: Any) -> None:
-    file = path / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {

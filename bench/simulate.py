@@ -8,7 +8,7 @@ which is slightly against it, as the curve is concave.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,11 @@ from specdec.suffix_tree.cache import SuffixCache
 from specdec.suffix_tree.suffix_decoding import CountingDrafts, ReferenceSuffixDecoding
 
 __all__ = [
+    "BUDGETS",
     "SETTINGS",
     "Setting",
     "compare",
+    "compare_at",
     "run_ours",
     "run_peer",
     "run_reference",
@@ -38,8 +40,8 @@ __all__ = [
 Sources = Mapping[str, Sequence[TokenCall]]
 # Per source, one row per call: steps, accepted draft tokens, draft tokens.
 Counts = dict[str, npt.NDArray[np.int64]]
-_PATHS = (0.75, 0.6, 0.48, 0.39, 0.31, 0.25, 0.2, 0.16, 0.11, 0.075, 0.05, 0.033, 0.022, 0.014, 0.008, 0.004)
-_TREES = (0.2, 0.14, 0.1, 0.07, 0.05, 0.035, 0.025, 0.018, 0.012, 0.008)
+_PATHS = (0.75, 0.6, 0.48, 0.39, 0.31, 0.25, 0.2, 0.16, 0.11, 0.075, 0.05, 0.033, 0.022, 0.014, 0.008, 0.004, 0.002)
+_TREES = (0.14, 0.1, 0.07, 0.05, 0.035, 0.025, 0.018, 0.012, 0.008, 0.005, 0.003)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,16 @@ SETTINGS = (
     Setting("path, factor 4", 4.0, 0.0, 0.1, False),
     Setting("tree, factor 4, offset 4", 4.0, 4.0, 0.02, True),
 )
+# With these the peer's curves reach from the shortest to the longest of BUDGETS.
+_BETWEEN = (
+    Setting("path, factor 0.5", 0.5, 0.0, 0.1, False),
+    Setting("path, factor 2", 2.0, 0.0, 0.1, False),
+    Setting("tree, factor 2", 2.0, 0.0, 0.02, True),
+    Setting("tree, factor 4", 4.0, 0.0, 0.02, True),
+)
+# Drafted tokens per step at which both arms are compared on their curves: what the peer's settings draft of all sources
+# with a tokenizer of 100 thousand tokens. A small vocabulary makes each setting draft more.
+BUDGETS = (("path", 2.4), ("path", 7.0), ("tree", 10.6))
 
 
 def run_ours(
@@ -112,7 +124,7 @@ def run_source(calls: Sequence[TokenCall], part: str) -> ArmCounts:
         }
     run = run_peer if part == "peer" else run_reference
     arm = "arctic-inference" if part == "peer" else "SuffixDecoding reference"
-    return {(arm, setting.name): run(calls, setting) for setting in SETTINGS}
+    return {(arm, setting.name): run(calls, setting) for setting in SETTINGS + _BETWEEN}
 
 
 def run_sources(
@@ -128,6 +140,7 @@ def run_sources(
         on_done: told each source and part that is done.
     """
     found: dict[tuple[str, str], Counts] = {}
+    settings = f"{SETTINGS + _BETWEEN} {_PATHS} {_TREES}"
 
     def note(source: str, part: str, counts: ArmCounts) -> None:
         for arm, rows in counts.items():
@@ -139,7 +152,7 @@ def run_sources(
         tasks = {}
         for source in order:
             for part in parts:
-                name = name_of(part, f"{SETTINGS} {_PATHS} {_TREES}", sources[source]) if kept is not None else ""
+                name = name_of(part, settings, sources[source]) if kept is not None else ""
                 counts = load_counts(kept, name) if kept is not None else None
                 if counts is not None:
                     note(source, part, counts)
@@ -159,15 +172,33 @@ def _rates(rows: npt.NDArray[np.int64]) -> tuple[float, float]:
     return drafted / max(steps, 1), accepted / max(steps, 1)
 
 
+def _at(runs: Sequence[npt.NDArray[np.int64]], drafted: float) -> tuple[float, tuple[float, float]]:
+    """Accepted per step at ``drafted`` per step on an arm's curve, and from where to where the curve reaches."""
+    points = sorted(_rates(rows) for rows in runs)
+    accepted = float(np.interp(drafted, [point[0] for point in points], [point[1] for point in points]))
+    return accepted, (points[0][0], points[-1][0])
+
+
+def _pooled(
+    sources: Sources, bases: Sequence[Counts], runs: Sequence[Counts]
+) -> Iterator[tuple[str, list[npt.NDArray[np.int64]], list[npt.NDArray[np.int64]]]]:
+    """The rows of both arms over all sources: of all calls, and of each half of the episodes."""
+    halves = {name: np.array([episode_half(call.trace) for call in calls]) for name, calls in sources.items()}
+
+    def pooled(counts: Counts, half: int | None) -> npt.NDArray[np.int64]:
+        return np.concatenate([rows if half is None else rows[halves[name] == half] for name, rows in counts.items()])
+
+    for label, half in (("all", None), ("tuned half", 0), ("held-out half", 1)):
+        yield label, [pooled(base, half) for base in bases], [pooled(counts, half) for counts in runs]
+
+
 def _compared(base: npt.NDArray[np.int64], ours: Sequence[npt.NDArray[np.int64]]) -> dict[str, Any]:
     drafted, accepted = _rates(base)
-    points = sorted(_rates(rows) for rows in ours)
-    reach = [point[0] for point in points]
+    equal, reach = _at(ours, drafted)
     result: dict[str, Any] = {"drafted_per_step": drafted, "accepted_per_step": accepted}
-    if not reach[0] <= drafted <= reach[-1]:
+    if not reach[0] <= drafted <= reach[1]:
         # Never extrapolated: more drafting than ours ever does is compared with ours at its longest.
-        result["out_of_range"] = [reach[0], reach[-1]]
-    equal = float(np.interp(drafted, reach, [point[1] for point in points]))
+        result["out_of_range"] = list(reach)
     return {**result, "ours_accepted_per_step": equal, "gain_percent": 100 * (equal / max(accepted, 1e-9) - 1)}
 
 
@@ -183,14 +214,28 @@ def compare(sources: Sources, base: Counts, runs: Sequence[Counts]) -> dict[str,
         Over all calls, over each half of the episodes (half 0 is what tables and constants were chosen on, half 1 was
         held out), and by source.
     """
-    halves = {name: np.array([episode_half(call.trace) for call in calls]) for name, calls in sources.items()}
-
-    def pooled(counts: Counts, half: int | None) -> npt.NDArray[np.int64]:
-        return np.concatenate([rows if half is None else rows[halves[name] == half] for name, rows in counts.items()])
-
     found: dict[str, Any] = {
-        label: _compared(pooled(base, half), [pooled(counts, half) for counts in runs])
-        for label, half in (("all", None), ("tuned half", 0), ("held-out half", 1))
+        label: _compared(base_rows, ours_rows) for label, (base_rows,), ours_rows in _pooled(sources, [base], runs)
     }
     found["sources"] = {name: _compared(base[name], [counts[name] for counts in runs]) for name in sources}
+    return found
+
+
+def compare_at(sources: Sources, bases: Sequence[Counts], runs: Sequence[Counts], drafted: float) -> dict[str, Any]:
+    """As ``compare``, at a fixed number of drafted tokens per step: both arms are read off their curves.
+
+    Args:
+        sources: calls by source.
+        bases: the other arm at several settings.
+        runs: ours at a row of thresholds.
+        drafted: draft tokens per step; a curve that does not reach it is named in the result, not extended.
+    """
+    found: dict[str, Any] = {"drafted_per_step": drafted}
+    for label, base_rows, ours_rows in _pooled(sources, bases, runs):
+        base, base_reach = _at(base_rows, drafted)
+        ours, reach = _at(ours_rows, drafted)
+        found[label] = {"accepted_per_step": base, "ours_accepted_per_step": ours}
+        found[label]["gain_percent"] = 100 * (ours / max(base, 1e-9) - 1)
+        if not max(base_reach[0], reach[0]) <= drafted <= min(base_reach[1], reach[1]):
+            found[label]["out_of_range"] = [*base_reach, *reach]
     return found

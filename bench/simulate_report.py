@@ -103,7 +103,9 @@ def run_simulation(
         },
     }
     if "quality" in parts or "reference" in parts:
-        result["quality"] = _quality(sources, parts, missing is None, jobs, kept, on_progress)
+        result["quality"], result["at_equal_drafts"] = _quality(
+            sources, parts, missing is None, jobs, kept, on_progress
+        )
     calls = [call for source in sources.values() for call in _shortened(source[:_HOST_CALLS])]
     if "host" in parts:
         on_progress("host time per request-step")
@@ -141,7 +143,7 @@ def _quality(
     jobs: int,
     kept: Path | None,
     on_progress: Callable[[str], None],
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     arms = ["ours"]
     if has_peer and "quality" in parts:
         arms.append("peer")
@@ -156,7 +158,13 @@ def _quality(
         for (arm, name), base in runs.items():
             if name == setting.name:
                 found.setdefault(setting.name, {})[arm] = simulate.compare(sources, base, ours)
-    return found
+    curves = []
+    for arm in {arm: None for arm, _ in runs if arm != "ours"}:
+        for shape, drafted in simulate.BUDGETS:
+            base_runs = [counts for (other, name), counts in runs.items() if other == arm and name.startswith(shape)]
+            ours = [runs["ours", f"{shape == 'tree'} {value}"] for value in simulate.thresholds(shape == "tree")]
+            curves.append({"arm": arm, "shape": shape, **simulate.compare_at(sources, base_runs, ours, drafted)})
+    return found, curves
 
 
 def as_text(result: Mapping[str, Any]) -> str:
@@ -171,10 +179,27 @@ def as_text(result: Mapping[str, Any]) -> str:
             rows = {**{key: found[key] for key in ("all", "tuned half", "held-out half")}, **found["sources"]}
             lines += [_quality_row(name, row) for name, row in rows.items()]
             lines.append("")
+    if result.get("at_equal_drafts"):
+        lines += _curve_lines(result["at_equal_drafts"])
     for part in ("host", "prompt", "scaling"):
         if part in result:
             lines += _PRINTERS[part](result[part])
     return "\n".join(lines)
+
+
+def _curve_lines(curves: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = ["### Both on their curves", ""]
+    lines += ["| against | drafts | drafted/step | accepted/step | ours | gain | held-out half |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for row in curves:
+        every, held_out = row["all"], row["held-out half"]
+        mark = " (beyond a curve)" if "out_of_range" in every else ""
+        lines.append(
+            f"| {row['arm']} | {row['shape']} | {row['drafted_per_step']} | {every['accepted_per_step']:.3f} "
+            f"| {every['ours_accepted_per_step']:.3f}{mark} | {every['gain_percent']:+.1f} % "
+            f"| {held_out['gain_percent']:+.1f} % |"
+        )
+    return [*lines, ""]
 
 
 def _quality_row(name: str, row: Mapping[str, Any]) -> str:

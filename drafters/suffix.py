@@ -20,8 +20,9 @@ class SuffixDrafter:
     """Guesses that text seen before goes on as it did (`specdec.protocols.Drafter`).
 
     Args:
-        threshold: a token is drafted if its path is accepted with at least this probability, in [0, 1]: the cost of
-            one more draft token over the value of one accepted token. 0.05 suits a target that is bound by memory.
+        threshold: the cost of a draft token over the cost of a step, in [0, 1]. No token is drafted whose path is
+            accepted with a smaller probability, and long copies are drafted in pieces (`specdec.suffix_tree.stopping`).
+            0.05 suits a target that is bound by memory.
         as_tree: draft trees; False: paths only.
         caching: keep responses for later requests of the same tenant.
         store: where text is kept; a private one if None. Several drafters and engines may share a store.

@@ -199,8 +199,8 @@ class SuffixCache:
         Args:
             request_ids: R live requests.
             budgets: R numbers: most draft tokens for each; 0 = none. At most 256 are drafted.
-            threshold: draft a token only if its path is accepted with at least this probability: the cost of one more
-                draft token over the value of one accepted token.
+            threshold: the cost of a draft token over the cost of a step, see ``stopping``; no token is drafted whose
+                path is accepted with a smaller probability.
             as_tree: draft trees; else paths.
 
         Raises:

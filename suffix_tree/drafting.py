@@ -2,8 +2,8 @@
 
 Each candidate votes for the token that followed it, with a weight of its match length to the fourth power. A *path*
 keeps the likeliest token and drops the candidates that said otherwise; a *tree* keeps all and grows the likeliest open
-branch first. Both stop where the probability of the whole path falls below ``threshold``: the cost of one more draft
-token over the value of one accepted token, so the draft length follows from cost instead of a tuned factor.
+branch first. Both stop where one more token costs more than it saves (``stopping``), so the draft length follows from
+cost instead of a tuned factor.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from specdec.suffix_tree.calibration import describe, predict
 from specdec.suffix_tree.matching import find_candidates
 from specdec.suffix_tree.memory import Int32Array, Int64Array, float32_at, int32_at, int64_at, kernel
 from specdec.suffix_tree.paged import position_after
+from specdec.suffix_tree.stopping import is_worth_drafting
 from specdec.suffix_tree.surroundings import UNKNOWN, survey
 
 __all__ = ["draft_path", "draft_tree"]
@@ -172,7 +173,7 @@ def draft_path(row: Int64Array, max_nodes: int, threshold: float) -> int:
     Args:
         row: the request; its record and R_DRAFTED are written.
         max_nodes: most tokens to draft.
-        threshold: stop where the path's probability falls below this.
+        threshold: cost of a draft token in steps, see ``stopping``.
     """
     s = int32_at(row[R_SCRATCH])
     weight = float32_at(row[R_SCRATCH] + 4 * S_FLOAT)
@@ -210,7 +211,7 @@ def draft_path(row: Int64Array, max_nodes: int, threshold: float) -> int:
         if chosen < 0:
             break
         value *= best
-        if value < threshold:
+        if not is_worth_drafting(value, depth + 1, threshold):
             break
         token = s[S_GROUP + chosen * GROUP_WIDTH + _G_TOKEN]
         _record(record, values, depth, token, depth - 1, value, s, 2 * S_INPUTS + NODE_CELLS - at)
@@ -283,7 +284,8 @@ def draft_tree(row: Int64Array, max_nodes: int, threshold: float) -> int:
             live += s[S_GROUP + g * GROUP_WIDTH + _G_VOTERS]
         for g in range(groups):
             p = value * _score_group(row, s, g, weight[g] / total, live, depth, before, last, S_INPUTS)
-            if p >= threshold and branches < MAX_BRANCHES and members + count <= MAX_MEMBERS:
+            fits = branches < MAX_BRANCHES and members + count <= MAX_MEMBERS
+            if fits and is_worth_drafting(p, depth + 1, threshold):
                 token = s[S_GROUP + g * GROUP_WIDTH + _G_TOKEN]
                 members = _open_branch(row, s, branches, members, first, count, token, parent, depth + 1, S_INPUTS)
                 open_value[branches] = p

@@ -3,8 +3,9 @@
     from specdec.server.integrations.suffix_cache import SuffixDecodingCache
 
 What differs: ``max_spec_tokens`` may be left out; the depth does not limit matches, only drafts; draft length follows
-from calibrated acceptance (``min_token_prob`` is the threshold on it), so ``max_spec_factor`` and ``max_spec_offset``
-count only with ``limit_by_match=True``; ``probs`` are probabilities of acceptance.
+from calibrated acceptance (``min_token_prob`` is the least, and sets how long the pieces of a copy are), so
+``max_spec_factor`` and ``max_spec_offset`` count only with ``limit_by_match=True``; ``probs`` are probabilities of
+acceptance.
 """
 
 from __future__ import annotations

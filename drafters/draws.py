@@ -13,11 +13,19 @@ from torch import Tensor
 from specdec.errors import InternalError
 from specdec.protocols import Draws
 from specdec.rng import DRAFT, gumbel
+from specdec.types import SamplingParams
 
-__all__ = ["draw_children"]
+__all__ = ["draft_laws", "draw_children"]
 
 _MAX_CHILDREN = 256
 _NUM_STREAMS = 4  # of ``specdec.rng``: ours are those that are DRAFT modulo this
+
+
+def draft_laws(logits: Tensor, sampling: SamplingParams) -> Tensor:
+    """[W, V] float64: the laws that a request draws from, from logits [W, V]; greedy: certain of the best token."""
+    if sampling.is_greedy:
+        return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[1]).double()
+    return (logits.double() / sampling.temperature).softmax(dim=-1)
 
 
 def draw_children(probs: Tensor, count: int, *, draws: Draws, seed: int, position: int, node: int) -> list[int]:

@@ -9,7 +9,6 @@ arXiv 2406.16858, section 4; positions as there: one less than the token's own).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +17,9 @@ from torch import Tensor
 
 from specdec.attention import StepAttention, TailMasks
 from specdec.drafters.eagle_head import EagleHead
-from specdec.drafters.growing import GrowingCache, Growth, chain_growth
+from specdec.drafters.growing import GrowingCache, Growth
 from specdec.drafters.levels import search_trees
+from specdec.drafters.state_reader import PIECE, StateReader
 from specdec.drafters.tree_search import SearchLimits, TreeSearch
 from specdec.errors import ConfigError
 from specdec.kv_cache import CallShape, GroupKey, KVPool
@@ -28,20 +28,7 @@ from specdec.types import DraftTree, RequestState, StepEvent
 
 __all__ = ["EagleDrafter"]
 
-_PIECE = 512  # most rows of one request that are read in one pass
 _FULL: GroupKey = ("full", 0)
-
-
-@dataclass(slots=True, eq=False)
-class _Unread:
-    """The target's states at a stretch of tokens that the head has not read yet."""
-
-    start: int  # position of the first
-    states: Tensor  # [n, layers * E]
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.states)
 
 
 class EagleDrafter:
@@ -85,12 +72,12 @@ class EagleDrafter:
         shape = CallShape(config.num_kv_heads, config.head_dim, config.head_dim)
         self._cache = GrowingCache(
             KVPool(
-                [(_FULL, shape)], kv_tokens, num_live_requests=max_requests, num_step_tokens=_PIECE, dtype=head.dtype,
+                [(_FULL, shape)], kv_tokens, num_live_requests=max_requests, num_step_tokens=PIECE, dtype=head.dtype,
                 device=head.device,
             )
         )  # fmt: skip
         self._masks: dict[tuple[GroupKey, int], TailMasks] = {}
-        self._unread: dict[str, _Unread] = {}
+        self._reader = StateReader(self._cache, config.hidden_layers)
 
     @property
     def num_used(self) -> int:
@@ -103,11 +90,9 @@ class EagleDrafter:
     @torch.inference_mode()
     def propose(self, states: Sequence[RequestState], budgets: Sequence[int]) -> list[DraftTree]:
         trees = [DraftTree.root_only(int(state.token_ids[-1])) for state in states]
-        for state in states:
-            self._take_states(state)
         # Without a budget the states are kept unread: a draft of theirs may never be wanted.
-        ready = [row for row, state in enumerate(states) if budgets[row] > 0 and self._is_ready(state)]
-        outputs = self._read([states[row] for row in ready])
+        ready = [row for row in self._reader.take(states) if budgets[row] > 0]
+        outputs = self._reader.read([states[row] for row in ready], self._read)
         rows = [row for row in ready if row in {ready[i] for i in outputs}]
         if not rows:
             return trees
@@ -124,55 +109,10 @@ class EagleDrafter:
         """Nothing to learn."""
 
     def stop(self, request_ids: Sequence[str]) -> None:
-        self._cache.release(request_ids)
-        for request_id in request_ids:
-            self._unread.pop(request_id, None)
+        self._reader.release(request_ids)
 
-    def _take_states(self, state: RequestState) -> None:
-        """Keep the target's newest states until they can be read."""
-        if state.hidden is None:
-            return
-        new = _Unread(state.num_cached - len(state.hidden), state.hidden.of(self.head.config.hidden_layers))
-        unread = self._unread.get(state.request_id)
-        wanted = unread.end if unread else self._cache.num_read(state.request_id)
-        if new.start > wanted:  # a stretch is missing: begin anew, should the beginning come again
-            self._cache.release([state.request_id])
-            self._unread.pop(state.request_id, None)
-            return
-        fresh = new.states[wanted - new.start :]  # after a preemption the target reads old tokens again
-        if unread:
-            unread.states = torch.cat((unread.states, fresh))
-        else:
-            self._unread[state.request_id] = _Unread(wanted, fresh)
-
-    def _is_ready(self, state: RequestState) -> bool:
-        """True if the target's states are known up to the token before the root."""
-        unread = self._unread.get(state.request_id)
-        return unread is not None and unread.end == state.num_tokens - 1 and len(unread.states) > 0
-
-    def _read(self, states: Sequence[RequestState]) -> dict[int, Tensor]:
-        """Read all that is unread: index of the request -> the head's output [H] at its last row."""
-        rest = {index: self._unread[state.request_id] for index, state in enumerate(states)}
-        last: dict[int, Tensor] = {}
-        while rest:
-            growths, inputs = [], []
-            for index, unread in rest.items():
-                stop = min(unread.start + _PIECE, unread.end)
-                token_ids = states[index].token_ids[unread.start + 1 : stop + 1].copy()
-                growths.append(chain_growth(states[index].request_id, token_ids))
-                inputs.append(self.head.fuse(unread.states[: stop - unread.start]))
-            if not self._cache.reserve(growths):
-                break
-            outputs = self._forward(growths, torch.cat(inputs))
-            self._cache.keep({growth.request_id: len(growth.token_ids) for growth in growths})
-            ends = np.cumsum([len(growth.token_ids) for growth in growths]) - 1
-            for end, growth, (index, unread) in zip(ends.tolist(), growths, list(rest.items()), strict=True):
-                unread.start += len(growth.token_ids)
-                unread.states = unread.states[len(growth.token_ids) :]
-                if len(unread.states) == 0:
-                    last[index] = outputs[end]
-                    del rest[index], self._unread[growth.request_id]
-        return last
+    def _read(self, growths: Sequence[Growth], states: Tensor) -> Tensor:
+        return self._forward(growths, self.head.fuse(states))
 
     def _search(self, states: Sequence[RequestState], searches: Sequence[TreeSearch], last: Tensor) -> list[DraftTree]:
         outputs = last  # [rows of the last logits, H]

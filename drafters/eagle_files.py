@@ -12,17 +12,13 @@ Nothing in a file is executed: pickles are read with ``weights_only``.
 
 from __future__ import annotations
 
-import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from specdec.drafters.checkpoint_files import draft_vocabulary, read_config, read_weights, stated_rope
 from specdec.drafters.eagle_head import EagleConfig
 from specdec.errors import LoadError
 
@@ -30,7 +26,6 @@ __all__ = ["EagleFiles", "read_files"]
 
 _NOT_USED = ("t2d", "d2t", "embed_tokens.weight", "lm_head.weight")  # by the layer itself
 _LAYER = "layers.0."
-_UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
 def read_files(path: Path) -> EagleFiles:
@@ -39,34 +34,7 @@ def read_files(path: Path) -> EagleFiles:
     Raises:
         LoadError: a file is missing, cut, no checkpoint, or holds a number that is none.
     """
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"cannot read {path / 'config.json'}: {error}") from error
-    if not isinstance(config, dict):
-        raise LoadError(f"{path / 'config.json'} must hold an object, got {type(config).__name__}")
-    weights = {_canonical(name): weight for name, weight in _read_weights(path).items() if "rotary_emb" not in name}
-    for name, weight in weights.items():
-        if weight.is_floating_point() and not bool(weight.isfinite().all()):
-            raise LoadError(f"{path}: {name} holds a value that is not finite")
-    return EagleFiles(path, config, weights)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    safe, pickled = sorted(path.glob("*.safetensors")), sorted(path.glob("pytorch_model*.bin"))
-    if not safe and not pickled:
-        raise LoadError(f"{path}: looked for *.safetensors and pytorch_model*.bin, found neither")
-    weights: dict[str, Any] = {}
-    for file in safe or pickled:
-        try:
-            part = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
-        except _UNREADABLE as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise LoadError(f"cannot read {file}: {reason}") from error
-        if not isinstance(part, dict) or not all(isinstance(value, Tensor) for value in part.values()):
-            raise LoadError(f"{file} must hold tensors by name")
-        weights |= part
-    return weights
+    return EagleFiles(path, read_config(path), read_weights(path, _canonical))
 
 
 def _canonical(name: str) -> str:
@@ -116,8 +84,6 @@ class EagleFiles:
             expected = len(layers) * width
         if fused[1] != expected:
             raise self._misfit(f"fc reads {fused[1]} numbers, but {len(layers)} states of the target make {expected}")
-        parameters = self.layer.get("rope_parameters") or self.layer.get("rope_scaling") or {}
-        theta = self.layer.get("rope_theta") or parameters.get("rope_theta") or 10_000.0
         config = EagleConfig(
             version=self.version,
             hidden_size=hidden,
@@ -127,7 +93,7 @@ class EagleFiles:
             head_dim=head_dim,
             eps=float(self.layer.get("rms_norm_eps", 1e-6)),
             hidden_layers=layers,
-            rope={"rope_type": "default", **parameters, "rope_theta": float(theta)},
+            rope=stated_rope(self.layer),
             max_length=int(self.layer.get("max_position_embeddings", 2048)),
             norm_before_residual=bool(self.config.get("norm_before_residual", False)),
             norm_output=bool(self.config.get("norm_output", False)),
@@ -154,33 +120,12 @@ class EagleFiles:
     def target_ids(self, vocab_size: int) -> Tensor | None:
         """[D] int64: the target's id of every draft id; None where the vocabularies are the same.
 
-        The field is called an offset and mostly is one; some exports hold the ids themselves. Both are recognised: ids
-        must ascend within the vocabulary.
-
         Raises:
             LoadError: there is no such map, or it is none.
         """
-        if self.version == 1 or "lm_head.weight" not in self.weights:
+        if self.version == 1:
             return None
-        num_ids = self._shape("lm_head.weight", 2)[0]
-        said = self.config.get("draft_vocab_size")
-        if said is not None and int(said) != num_ids:
-            raise self._misfit(f"draft_vocab_size is {said}, but lm_head has {num_ids} rows")
-        if num_ids == vocab_size:
-            return None
-        if "d2t" not in self.weights:
-            raise self._misfit(f"it knows {num_ids} of the target's {vocab_size} tokens and has no d2t to say which")
-        map_ = self.weights["d2t"].long()
-        if map_.shape != (num_ids,):
-            raise self._misfit(f"d2t has shape {tuple(map_.shape)}, but lm_head has {num_ids} rows")
-        known = self.weights.get("t2d")
-        if known is not None and known.shape != (vocab_size,):
-            raise self._misfit(f"t2d tells of {len(known)} tokens, the target has {vocab_size}")
-        for ids in (map_ + torch.arange(num_ids), map_):
-            ascends = bool((ids.diff() > 0).all()) and int(ids[0]) >= 0 and int(ids[-1]) < vocab_size
-            if ascends and (known is None or bool(known.bool()[ids].all())):
-                return ids
-        raise self._misfit(f"d2t does not map {num_ids} draft tokens to ascending tokens below {vocab_size}")
+        return draft_vocabulary(self.weights, vocab_size, self.config.get("draft_vocab_size"), self._misfit)
 
     def check_vocabulary(self, vocab_size: int, hidden_size: int) -> None:
         """Check the embedding and the ``lm_head``, where the checkpoint has its own.

@@ -17,8 +17,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
+
+from specdec.drafters.decoder_parts import rms_norm, rotary_embedding, rotate, spread_over_vocabulary
 
 __all__ = ["Attend", "EagleConfig", "EagleHead", "attend_causally"]
 
@@ -90,7 +92,10 @@ class EagleHead:
         self.target_ids = target_ids
         self.device, self.dtype = self.weights["fc.weight"].device, self.weights["fc.weight"].dtype
         self._embed, self._project = embed, project
-        self._rotary = _rotary(config).to(self.device)
+        self._rotary = rotary_embedding(
+            config.rope, hidden_size=config.hidden_size, num_heads=config.num_heads, head_dim=config.head_dim,
+            max_length=config.max_length,
+        ).to(self.device)  # fmt: skip
 
     def fuse(self, states: Tensor) -> Tensor:
         """[T, H] inputs from the target's states [T, layers * E] at the same tokens."""
@@ -139,12 +144,7 @@ class EagleHead:
 
     def target_logits(self, outputs: Tensor, vocab_size: int) -> Tensor:
         """[T, V] over the target's vocabulary; tokens that the head does not know are at -inf."""
-        logits = self.logits(outputs).float()
-        if self.target_ids is None:
-            return logits[:, :vocab_size]
-        everything = logits.new_full((len(logits), vocab_size), -torch.inf)
-        everything[:, self.target_ids] = logits
-        return everything
+        return spread_over_vocabulary(self.logits(outputs), self.target_ids, vocab_size)
 
     def _attention(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         config, name = self.config, "layers.0.self_attn"
@@ -156,7 +156,7 @@ class EagleHead:
         if f"{name}.q_norm.weight" in self.weights:
             query, key = self._norm(f"{name}.q_norm", query), self._norm(f"{name}.k_norm", key)
         query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))  # [1, heads, T, D]
-        out = attend(_rotate(query, cos, sin), _rotate(key, cos, sin), value, None, None, None)
+        out = attend(rotate(query, cos, sin), rotate(key, cos, sin), value, None, None, None)
         return self._linear(f"{name}.o_proj", out[0].flatten(1))
 
     def _mlp(self, x: Tensor) -> Tensor:
@@ -167,28 +167,4 @@ class EagleHead:
         return linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.config.eps)
-        return self.weights[f"{name}.weight"] * (wide * scale).to(x.dtype)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of [1, heads, T, D], halves apart as in Llama."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat((-right, left), dim=-1) * sin[:, None]
-
-
-def _rotary(config: EagleConfig) -> nn.Module:
-    """Cosines and sines by position, with every scaling that transformers knows."""
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    shape = LlamaConfig(
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_length,
-        rope_parameters=dict(config.rope),
-    )
-    rotary: nn.Module = LlamaRotaryEmbedding(shape)
-    return rotary
+        return rms_norm(x, self.weights[f"{name}.weight"], self.config.eps)

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.eagle_files import read_files
-from specdec.drafters.eagle_head import EagleConfig
-from specdec.drafters.eagle_probe import PROBE_TEXT, Lesson, Reading, build_head, probe_readings
+from specdec.drafters.eagle_probe import Lesson, build_head, probe_readings
+from specdec.drafters.probing import choose_reading, probe_ids
 from specdec.errors import UnsupportedError
 from specdec.protocols import Drafter, Draws
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["best_reading", "differences", "load_eagle"]
-
-logger = logging.getLogger(__name__)
-
-_CLEARLY = 0.05  # agreement by which another reading must beat the stated one
-_NUM_PROBED = 200  # tokens
-_FIELDS = ("hidden_layers", "norm_before_residual", "rope")
+__all__ = ["load_eagle"]
 
 
 def load_eagle(
@@ -60,35 +52,7 @@ def load_eagle(
         stated = replace(stated, rope={**stated.rope, "rope_theta": float(rope_theta)})
     config = stated
     if probe and tokenizer is not None and rope_theta is None:
-        ids = tokenizer(PROBE_TEXT, add_special_tokens=True)["input_ids"][:_NUM_PROBED]
-        readings = probe_readings(files, target, Lesson.of(target, ids))
-        best = best_reading(readings)
-        if best is not readings[0]:
-            _warn(path, readings[0], best)
-        config = best.config
+        config = choose_reading(path, probe_readings(files, target, Lesson.of(target, probe_ids(tokenizer))))
     return EagleDrafter(
         build_head(files, target, config), vocab_size=int(target.config.get_text_config().vocab_size), **options
     )
-
-
-def best_reading(readings: Sequence[Reading]) -> Reading:
-    """The first, stated one, unless another one is clearly better."""
-    best = max(readings, key=lambda reading: reading.agreement)
-    return readings[0] if best.agreement < readings[0].agreement + _CLEARLY else best
-
-
-def differences(stated: EagleConfig, best: EagleConfig) -> dict[str, str]:
-    """What another reading changes: the field -> in words."""
-    return {
-        name: f"{name} {getattr(best, name)} in place of {getattr(stated, name)}"
-        for name in _FIELDS
-        if getattr(best, name) != getattr(stated, name)
-    }
-
-
-def _warn(path: Path, stated: Reading, best: Reading) -> None:
-    logger.warning(
-        "the EAGLE checkpoint %s names %.0f %% of the target's next tokens as its configuration says, and %.0f %% with "
-        "%s: the latter is used", path, 100 * stated.agreement, 100 * best.agreement,
-        "; ".join(differences(stated.config, best.config).values()),
-    )  # fmt: skip

@@ -1,9 +1,7 @@
 """Builds EAGLE heads, and tries how well they name a target's next tokens on a text: teacher forcing.
 
-Published checkpoints differ in things that no shape shows: how layers are counted, which rotary base was used in
-training whatever the configuration says, and where the residual stream starts. A wrong reading costs most of the
-acceptance and no error. So every plausible reading can be tried: the head, fed with the target's true states, should
-name the target's own next token.
+Every plausible reading of a checkpoint (`specdec.drafters.probing`) can be tried: the head, fed with the target's true
+states, should name the target's own next token.
 """
 
 from __future__ import annotations
@@ -15,45 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from specdec.drafters.eagle_files import EagleFiles
 from specdec.drafters.eagle_head import EagleConfig, EagleHead, attend_causally
+from specdec.drafters.probing import Reading
+from specdec.drafters.target_vocabulary import embed_and_project
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["PROBE_TEXT", "Lesson", "Reading", "build_head", "hits", "plausible_readings", "probe_readings"]
-
-PROBE_TEXT = '''\
-The quick way to sort a list of numbers is to use the built-in function. Here is an example:
-
-def largest(numbers, count):
-    """Return the largest numbers, in descending order."""
-    if count < 0:
-        raise ValueError("count must not be negative")
-    ordered = sorted(numbers, reverse=True)
-    return ordered[:count]
-
-
-def smallest(numbers, count):
-    """Return the smallest numbers, in ascending order."""
-    if count < 0:
-        raise ValueError("count must not be negative")
-    ordered = sorted(numbers)
-    return ordered[:count]
-
-The first function sorts the list in descending order and returns the first elements. The second function does the
-same in ascending order. Both raise an error if the count is negative.
-'''
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """One way of reading a checkpoint, and the share of positions where it names the target's next token."""
-
-    config: EagleConfig
-    agreement: float
+__all__ = ["Lesson", "build_head", "hits", "plausible_readings", "probe_readings"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,23 +61,8 @@ def build_head(files: EagleFiles, target: PreTrainedModel, config: EagleConfig) 
         if weight.is_floating_point()
     }
     ids = files.target_ids(vocab_size)
-    own_embedding, own_head = weights.get("embed_tokens.weight"), weights.get("lm_head.weight")
     files.check_vocabulary(vocab_size, int(target.config.get_text_config().hidden_size))
-
-    # The target's layers are looked up in each call: an engine may put packed ones in their place.
-    def embed(token_ids: Tensor) -> Tensor:
-        if own_embedding is not None:
-            return own_embedding[token_ids]
-        embedded: Tensor = target.get_input_embeddings()(token_ids)
-        return embedded
-
-    def project(outputs: Tensor) -> Tensor:
-        if own_head is not None:
-            return linear(outputs, own_head)
-        head: Any = target.get_output_embeddings()
-        logits: Tensor = head(outputs)
-        return logits
-
+    embed, project = embed_and_project(target, weights)
     return EagleHead(
         config, weights, embed=embed, project=project, target_ids=None if ids is None else ids.to(target.device)
     )
@@ -123,7 +77,7 @@ def hits(head: EagleHead, lesson: Lesson, vocab_size: int) -> Tensor:
     return head.target_logits(outputs, vocab_size).argmax(dim=-1) == lesson.truth
 
 
-def probe_readings(files: EagleFiles, target: PreTrainedModel, lesson: Lesson) -> list[Reading]:
+def probe_readings(files: EagleFiles, target: PreTrainedModel, lesson: Lesson) -> list[Reading[EagleConfig]]:
     """Every plausible reading of a checkpoint with its agreement; the stated one first."""
     text_config = target.config.get_text_config()
     configs = plausible_readings(files.head_config(text_config), text_config)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.draft_model import DraftModel
-from specdec.drafters.draws import draw_children
+from specdec.drafters.draws import draft_laws, draw_children
 from specdec.drafters.growing import Growth
 from specdec.drafters.levels import search_trees
 from specdec.drafters.tree_search import SearchLimits, TreeSearch
@@ -154,10 +154,7 @@ class _DrawnTree:
         sampling = self._state.request.sampling
         if len(logits) != len(self._level):
             raise InternalError(f"{len(self._level)} nodes were grown, {len(logits)} were scored")
-        if sampling.is_greedy:
-            laws = torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[1]).double()
-        else:
-            laws = (logits.double() / sampling.temperature).softmax(dim=-1)
+        laws = draft_laws(logits, sampling)
         level: list[int] = []
         for node, law in zip(self._level, laws, strict=True):
             self._laws[node] = law

@@ -13,6 +13,7 @@ from specdec.chain_target import ChainTarget
 from specdec.config import EngineConfig
 from specdec.controller import BackoffController, FixedController
 from specdec.drafters.checkpoint import DrafterKind, PendingDrafter
+from specdec.drafters.diffusion_loading import load_diffusion
 from specdec.drafters.eagle_loading import load_eagle
 from specdec.drafters.lm_loading import load_layer_parallel, load_lm
 from specdec.drafters.lookahead import LookaheadDrafter
@@ -66,6 +67,7 @@ DRAFTERS: Mapping[str, Callable[..., Drafter]] = {
 
 # What ``KIND:`` stands for; options after ``?`` are keyword arguments of its ``load``.
 DRAFTER_KINDS: Mapping[str, DrafterKind] = {
+    "diffusion": DrafterKind(load_diffusion),
     "eagle": DrafterKind(load_eagle),
     "layer-parallel": DrafterKind(load_layer_parallel),
     "lm": DrafterKind(load_lm),

@@ -20,11 +20,12 @@ from specdec.doctor.report import Acceptance, Agreement, DrafterReport, Problem
 from specdec.drafters.checkpoint import PendingDrafter, short_name
 from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.eagle_files import EagleFiles, read_files
-from specdec.drafters.eagle_loading import best_reading, differences
-from specdec.drafters.eagle_probe import PROBE_TEXT, Lesson, Reading, build_head, hits, probe_readings
+from specdec.drafters.eagle_head import EagleConfig
+from specdec.drafters.eagle_probe import Lesson, build_head, hits, probe_readings
 from specdec.drafters.lm import LmDrafter
 from specdec.drafters.lm_loading import tokenizer_of
 from specdec.drafters.lm_text import TextLmDrafter
+from specdec.drafters.probing import PROBE_TEXT, Reading, best_reading, differences
 from specdec.errors import ConfigError
 from specdec.types import Request, SamplingParams
 
@@ -184,7 +185,7 @@ def _agreements(case: _Case, guess: Guess) -> tuple[Agreement, ...]:
     return tuple(Agreement(form, float(guess(lesson).float().mean())) for form, lesson in case.lessons.items())
 
 
-def _readings(stated: Reading, best: Reading) -> Iterator[Problem]:
+def _readings(stated: Reading[EagleConfig], best: Reading[EagleConfig]) -> Iterator[Problem]:
     """One cause for each thing that the best reading changes, with what it alone is worth."""
     for field, words in differences(stated.config, best.config).items():
         yield Problem(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from specdec.drafters.eagle_files import read_files
-from specdec.drafters.eagle_head import EagleConfig, _rotary, attend_causally
+from specdec.drafters.eagle_head import EagleConfig, attend_causally
 from specdec.drafters.eagle_probe import Lesson, build_head
 from tests.drafters.eagle_checkpoints import VOCAB_SIZE
 
@@ -40,14 +40,15 @@ def train(
     """
     wanted = lesson.truth
     edit_weights(path, lambda weights: weights.update(_vocabulary_of(wanted, len(weights["d2t"]))))
-    head = build_head(read_files(path), target, config)
+    files = read_files(path)
+    head = build_head(files, target, config)
     names = [name for name in head.weights if name != "embed_tokens.weight"]
     weights = [head.weights[name].requires_grad_(True) for name in names]
     optimiser = torch.optim.Adam(weights, lr=5e-3)
     ids, positions = lesson.token_ids[1:].clone(), torch.arange(len(lesson.token_ids) - 1)
 
     def loss_of(reading: EagleConfig, truth: torch.Tensor) -> torch.Tensor:
-        head.config, head._rotary = reading, _rotary(reading)
+        head.config, head._rotary = reading, build_head(files, target, reading)._rotary
         states = torch.cat([lesson.states[layer][:-1] for layer in reading.hidden_layers], -1).clone()
         outputs = head.forward(ids, head.fuse(states), positions, attend_causally)
         return torch.nn.functional.cross_entropy(head.target_logits(outputs, VOCAB_SIZE), truth)

@@ -15,7 +15,8 @@ from specdec.drafters.eagle_files import read_files
 from specdec.drafters.eagle_head import attend_causally
 from specdec.drafters.eagle_probe import build_head
 from specdec.errors import ConfigError, UnsupportedError
-from specdec.types import DraftTree, Request, RequestState, SamplingParams, StepEvent
+from specdec.types import Request, SamplingParams
+from tests.drafters.drafting import run
 from tests.drafters.eagle_checkpoints import LAYOUTS, VOCAB_SIZE, eagle_target, write
 from tests.drafters.eagle_reference import Reference
 
@@ -54,31 +55,6 @@ def test_a_heads_logits_are_those_of_the_plain_reference(target: Any, checkpoint
     assert torch.allclose(logits[-1].log_softmax(-1)[ids], law, atol=1e-5)
     unknown = sorted(set(range(VOCAB_SIZE)) - set(ids))
     assert bool((logits[:, unknown] == -torch.inf).all())
-
-
-class Watch:
-    """Keeps the trees of every step with the text that they were drafted for."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[list[int], DraftTree]] = []
-
-    def observe(self, events: list[StepEvent]) -> None:
-        for event in events:
-            before = event.state.num_tokens - len(event.emitted_ids)
-            self.seen.append((event.state.token_ids[:before].tolist(), event.tree))
-
-
-def run(
-    target: Any, drafter: Any, prompts: list[Any], num_new: int = 12, *, budget: int = 9, **law: Any
-) -> tuple[list[RequestState], Watch]:
-    watch = Watch()
-    sampling = SamplingParams(max_new_tokens=num_new, seed=5, **law)
-    requests = [Request(f"r{i}", prompt, sampling) for i, prompt in enumerate(prompts)]
-    options = {"max_prefill_tokens": 16}  # prompts come in pieces
-    with build_engine(target, drafter, budget=budget, observers=[watch], **options) as engine:
-        last = {output.request_id: output.state for output in engine.generate(requests)}
-        assert getattr(engine.drafter, "num_used", 0) == 0
-    return [last[request.request_id] for request in requests], watch
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -14,7 +14,8 @@ from specdec.build import build_engine
 from specdec.drafters.eagle_files import read_files
 from specdec.drafters.eagle_head import EagleConfig
 from specdec.drafters.eagle_loading import load_eagle
-from specdec.drafters.eagle_probe import PROBE_TEXT, Lesson, probe_readings
+from specdec.drafters.eagle_probe import Lesson, probe_readings
+from specdec.drafters.probing import PROBE_TEXT
 from specdec.errors import LoadError
 from tests.drafters.eagle_checkpoints import VOCAB_SIZE, eagle_target, write
 from tests.drafters.eagle_training import edit_config, edit_weights, train

@@ -8,7 +8,7 @@ arXiv 2406.16858, section 4; positions as there: one less than the token's own).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -78,6 +78,11 @@ class EagleDrafter:
         )  # fmt: skip
         self._masks: dict[tuple[GroupKey, int], TailMasks] = {}
         self._reader = StateReader(self._cache, config.hidden_layers)
+
+    @property
+    def named_weights(self) -> Mapping[str, Tensor]:
+        """The head's own tensors by their names in a checkpoint; what is copied into them holds from the next round."""
+        return self.head.weights
 
     @property
     def num_used(self) -> int:

@@ -10,7 +10,7 @@ Under a rejection rule (``draws``) it draws honestly, in a shape fixed before th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -70,6 +70,12 @@ class LmDrafter:
         self._limits = SearchLimits(top_k, width, depth, min_gain or None)
         self._draws = draws
         self._fan_out = (1,) if draws == "chain" else fan_out or (1,)
+
+    @property
+    def named_weights(self) -> Mapping[str, Tensor]:
+        """The draft model's own tensors by their names in a checkpoint; what is copied into them holds at once."""
+        weights: Mapping[str, Tensor] = self.model.hf_model.state_dict()
+        return weights
 
     def start(self, states: Sequence[RequestState]) -> None:
         """Nothing: a prompt is read with the request's first draft."""

@@ -38,9 +38,9 @@ class CaptureOptions:
     """What is kept, and how it is handed on.
 
     Args:
-        mode: ``tokens``: text and rounds; ``features``: the target's states and laws too; ``features+rejected``: and
-            its laws at rejected draft tokens.
-        top_k: entries of a law that are kept.
+        mode: ``tokens``: text and rounds; ``features``: the states that the drafter reads too; ``features+rejected``:
+            and the target's laws at rejected draft tokens.
+        top_k: entries of such a law that are kept.
         shard_bytes: a shard is closed at this size,
         shard_s: or after so many seconds.
         pause_s: how long a failing sink is left alone, twice as long each time, at most an hour.

@@ -57,7 +57,6 @@ class LiveTrace:
     inclusion: float = 1.0
     _rounds: list[_Round] = field(default_factory=list)
     _hidden: list[tuple[int, Tensor]] = field(default_factory=list)  # (position of the first row, rows)
-    _laws: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (ids [n, k], log-probabilities [n, k])
     _rejected: list[tuple[int, Tensor, Tensor, Tensor]] = field(default_factory=list)  # (round, nodes, ids, log-probs)
     _layers: tuple[int, ...] = ()
     _feature_bytes: int = 0
@@ -75,7 +74,7 @@ class LiveTrace:
 
     def drop_features(self) -> None:
         """Let go of its tensors."""
-        self._hidden, self._laws, self._rejected, self._feature_bytes = [], [], [], 0
+        self._hidden, self._rejected, self._feature_bytes = [], [], 0
 
     def note_round(self, event: StepEvent, version: int) -> None:
         """Keep what was drafted in a step."""
@@ -86,20 +85,22 @@ class LiveTrace:
         )
 
     def note_features(self, event: StepEvent, top_k: int, *, has_rejected: bool) -> None:
-        """Keep the target's states at the tokens that a step cached, and its laws; on the device where they are."""
+        """Keep the target's states at the tokens that a step cached, on the device where they are.
+
+        Args:
+            event: of the step.
+            top_k: entries of a law that are kept,
+            has_rejected: of the laws at draft tokens that were not accepted.
+        """
         state = event.state
         if state.hidden is not None:  # rows of the tokens that are cached since the drafter last read them
             rows = state.hidden.rows.to(torch.bfloat16)
             self._layers = state.hidden.layers
             self._hidden.append((state.num_cached - len(rows), rows))
             self._feature_bytes += rows.nbytes
-        first = int(event.output.cu_nodes[event.row])
-        accepted = [int(node) for node in event.result.accepted_nodes]
-        nodes = [first, *(first + node for node in accepted[: len(event.emitted_ids) - 1])]
-        laws = _top(event.output.logits[nodes], top_k)
-        self._laws.append(laws)
-        self._feature_bytes += sum(tensor.nbytes for tensor in laws)
+        accepted = {int(node) for node in event.result.accepted_nodes}
         if has_rejected and len(event.tree) > len(accepted) + 1:
+            first = int(event.output.cu_nodes[event.row])
             behind = [node for node in range(1, len(event.tree)) if node not in accepted]
             wrong = _top(event.output.logits[[first + node for node in behind]], top_k)
             self._rejected.append((len(self._rounds) - 1, torch.tensor(behind, dtype=torch.int32), *wrong))
@@ -125,7 +126,7 @@ class LiveTrace:
 
     def _features(self) -> Features | None:
         """The tensors in host memory; rows that came twice, after a preemption, are taken once."""
-        if not self._laws or not self._hidden:
+        if not self._hidden:
             return None
         start = end = self._hidden[0][0]
         rows = []
@@ -133,11 +134,7 @@ class LiveTrace:
             if first <= end < first + len(states):
                 rows.append(states[end - first :].cpu())
                 end = first + len(states)
-        tensors = {
-            "aux_hidden": torch.cat(rows),
-            "top_ids": torch.cat([ids for ids, _ in self._laws]).cpu(),
-            "top_logprobs": torch.cat([values for _, values in self._laws]).cpu(),
-        }
+        tensors = {"aux_hidden": torch.cat(rows)}
         if self._rejected:
             pairs = [torch.stack((torch.full_like(some, index), some), dim=-1) for index, some, _, _ in self._rejected]
             tensors["rejected_nodes"] = torch.cat(pairs)

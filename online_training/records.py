@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-_NAMES = ("aux_hidden", "top_ids", "top_logprobs", "rejected_nodes", "rejected_top_ids", "rejected_top_logprobs")
+_NAMES = ("aux_hidden", "rejected_nodes", "rejected_top_ids", "rejected_top_logprobs")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,15 +71,15 @@ class Rounds:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Features:
-    """The target's states and laws, as invertible to text as the text itself.
+    """The target's states, and its laws at rejected draft tokens: as invertible to text as the text itself.
 
     Args:
         start: position of the first row of ``aux_hidden``.
         layers: whose states these are, as in ``specdec.types.HiddenStates``.
-        tensors: ``aux_hidden`` [n, layers * E] bfloat16: states at the tokens from ``start`` on;
-            ``top_ids`` and ``top_logprobs`` [C, k]: the target's likeliest tokens at each output position, int32 and
-            float16; ``rejected_nodes`` [D, 2] int32: (round, node) of draft tokens behind the first rejection, with
-            their ``rejected_top_ids`` and ``rejected_top_logprobs`` [D, k].
+        tensors: ``aux_hidden`` [n, layers * E] bfloat16: states at the tokens from ``start`` on; where ``layers`` holds
+            the last one, the law is the target's ``lm_head`` on it. ``rejected_nodes`` [D, 2] int32: (round, node) of
+            draft tokens that were not accepted; ``rejected_top_ids`` [D, k] int32 and ``rejected_top_logprobs`` [D, k]
+            float16: the target's likeliest tokens after each of them.
     """
 
     start: int

@@ -189,6 +189,9 @@ class Spool:
         """Shards for replay, oldest first; any of them may be gone when it is read."""
         return self._entries(self._done)
 
+    def kept(self, shard_ids: Sequence[str]) -> set[str]:
+        return {folder.name for folder in self._all()} & set(shard_ids)
+
     def forget(self, tenant: str) -> list[str]:
         """Delete every shard with a record of a tenant, wherever it is; other records in it go too."""
         gone = []

@@ -69,6 +69,12 @@ class TraceTransport(Protocol):
     def held(self, worker: str) -> list[str]:
         """Ids of shards that a worker holds, such as after it died and began again."""
 
+    def keep_alive(self, worker: str) -> None:
+        """Say that a worker still uses what it holds."""
+
+    def kept(self, shard_ids: Sequence[str]) -> set[str]:
+        """Which of these shards still exist, leased, waiting or done with; what is gone must not be learned from."""
+
     def forget(self, tenant: str) -> list[str]:
         """Delete every shard with a record of this tenant (its keyed hash); their ids."""
 

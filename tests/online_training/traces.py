@@ -30,9 +30,8 @@ def ints(*values: int) -> np.ndarray:
 def record(name: str = "0" * 32, *, tenant: str = "t", has_features: bool = False) -> TraceRecord:
     features = None
     if has_features:
-        law = torch.tensor([[1, 2], [3, 4]], dtype=torch.int32), torch.tensor([[-0.5, -1.0]] * 2, dtype=torch.float16)
         hidden = torch.arange(6, dtype=torch.bfloat16).reshape(3, 2)
-        features = Features(1, (0, 2), {"aux_hidden": hidden, "top_ids": law[0], "top_logprobs": law[1]})
+        features = Features(1, (0, 2), {"aux_hidden": hidden})
     return TraceRecord(
         trace_id=name, ts_ms=7, tenant=HASHES.text(tenant), prompt_hash=HASHES.ids(ints(1, 2)), target="f" * 32,
         drafter="eagle", sampling={"temperature": 0.5, "seed": 3.0}, num_prompt_tokens=2,
@@ -65,7 +64,7 @@ class ListSink:
     def lease(self, worker: str) -> Lease | None:
         raise NotImplementedError
 
-    ack = release = held = forget = lease  # type: ignore[assignment]
+    ack = release = held = forget = keep_alive = kept = lease  # type: ignore[assignment]
 
     def stats(self) -> TransportStats:
         raise NotImplementedError

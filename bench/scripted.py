@@ -61,6 +61,12 @@ class ScriptedTarget:
     def commit(self, chunks: Sequence[Chunk], keep: Sequence[Sequence[int]]) -> None:
         """Nothing is held, so nothing is dropped."""
 
+    def recall(self, state: RequestState) -> int:
+        return 0
+
+    def retire(self, state: RequestState) -> None:
+        self.release(state)
+
     def release(self, state: RequestState) -> None:
         """Nothing is held."""
 

@@ -209,6 +209,7 @@ def build_target(
         max_step_tokens=config.max_prefill_tokens,
         is_strict=config.numerics == "strict",
         hidden_layers=hidden_layers,
+        keeps_prefixes=config.prefix_cache,
     )
 
 

@@ -133,6 +133,12 @@ class ChainTarget:
             self._num_held += row.num_cached - row.num_held
             row.num_held = row.num_cached
 
+    def recall(self, state: RequestState) -> int:
+        return 0
+
+    def retire(self, state: RequestState) -> None:
+        self.release(state)
+
     def release(self, state: RequestState) -> None:
         row = self._rows.pop(state.request_id, None)
         if row is not None:

@@ -29,6 +29,12 @@ class EngineConfig(BaseModel):
         default=None, ge=2, description="tokens that the KV pool holds over all requests; None: from free memory"
     )
 
+    prefix_cache: bool = Field(
+        default=False,
+        description="keep the KV of finished requests, while its room is not needed, for requests of the same tenant"
+        " that begin alike; without effect on models off the tree path and with drafters that read hidden states",
+    )
+
     packed: Literal["auto", True, False] = Field(
         default="auto",
         description="keep linear weights in the layout that the CPU multiplies fastest; auto: where that is possible",

@@ -161,6 +161,31 @@ class KVGroup:
             self.allocator.give(table.slots[: len(table)])
             self.allocator.unclaim(*table.claim)
 
+    def holds(self, request_id: str, length: int) -> bool:
+        """True if the cached slots include every position that a query at position ``length`` or later can see."""
+        table = self.tables.get(request_id)
+        if table is None or table.num_reserved:
+            return False
+        return table.first <= first_visible(self.key, length) and length <= table.first + table.num_cached
+
+    def copy_prefix(self, source_id: str, request_id: str, length: int, expected_length: int) -> None:
+        """Give a newcomer a copy of another request's first ``length`` positions, as far as they can still be seen."""
+        source = self.tables[source_id]
+        first = first_visible(self.key, length)
+        rows = source.slots[first - source.first : length - source.first].copy()
+        self.reserve(request_id, len(rows), max(expected_length, len(rows)))
+        table = self.tables[request_id]
+        self._move(rows, table.reserved)
+        table.first = first
+        table.num_cached, table.num_reserved = len(rows), 0
+
+    def cut(self, request_id: str, length: int) -> None:
+        """Drop the cached positions from ``length`` on."""
+        table = self.tables[request_id]
+        count = length - table.first
+        self.allocator.give(table.slots[count : table.num_cached])
+        table.num_cached = count
+
     def _place(self, table: SlotTable, expected: int, least: int) -> None:
         run = self.allocator.find_run(expected, least) if self.keep_runs else None
         table.base = run[0] if run else -1
@@ -248,10 +273,35 @@ class KVPool:
         if any(group.allocator.num_free < count for group in self.groups.values()):
             return False
         for group in self.groups.values():
-            kind, size = group.key
-            expected = expected_length if kind == "full" else min(expected_length, 2 * size)
-            group.reserve(request_id, count, min(expected, group.allocator.num_slots - 1))
+            group.reserve(request_id, count, _run_length(group, expected_length))
         return True
+
+    def holds(self, request_id: str, length: int) -> bool:
+        """True if what a query at position ``length`` or later can see is cached, and nothing is reserved."""
+        return all(group.holds(request_id, length) for group in self.groups.values())
+
+    def copy_prefix(self, source_id: str, request_id: str, length: int, expected_length: int) -> bool:
+        """Copy the K/V of ``length`` leading positions, which the source ``holds``, to a request that holds nothing.
+
+        Returns:
+            False if there is no room, and then nothing has changed.
+        """
+        for group in self.groups.values():
+            if group.allocator.num_free < length - first_visible(group.key, length):
+                return False
+        for group in self.groups.values():
+            group.copy_prefix(source_id, request_id, length, _run_length(group, expected_length))
+        return True
+
+    def rename(self, request_id: str, name: str) -> None:
+        """Everything of a request belongs to ``name`` from now on."""
+        for group in self.groups.values():
+            group.tables[name] = group.tables.pop(request_id)
+
+    def cut(self, request_id: str, length: int) -> None:
+        """Drop a request's cached positions from ``length`` on; it ``holds`` those before."""
+        for group in self.groups.values():
+            group.cut(request_id, length)
 
     def commit(self, keeps: Sequence[Keep]) -> None:
         """Keep some of the reserved slots of each request, in every group, and free the rest."""
@@ -262,3 +312,10 @@ class KVPool:
         """Drop everything of a request."""
         for group in self.groups.values():
             group.release(request_id)
+
+
+def _run_length(group: KVGroup, expected_length: int) -> int:
+    """How long a run a request of ``expected_length`` tokens needs in a group."""
+    kind, size = group.key
+    expected = expected_length if kind == "full" else min(expected_length, 2 * size)
+    return min(expected, group.allocator.num_slots - 1)

@@ -109,6 +109,15 @@ class TargetModel(Protocol):
         Effects: the reserved room of dropped nodes is free again. The engine updates ``state.num_cached``.
         """
 
+    def recall(self, state: RequestState) -> int:
+        """Find K/V of the request's beginning that is held already; how many leading tokens are cached thereby.
+
+        For a request that holds nothing; less than ``state.num_tokens``, often 0.
+        """
+
+    def retire(self, state: RequestState) -> None:
+        """A request is over: drop what is held for it, or keep it for others until its room is needed."""
+
     def release(self, state: RequestState) -> None:
         """Drop everything held for a request; a request that is unknown is not an error."""
 

@@ -43,12 +43,12 @@ class Scheduler:
         self.waiting.append(state)
 
     def remove(self, state: RequestState) -> None:
-        """Forget a request, running or waiting, and free its KV."""
+        """Forget a request that is over, running or waiting."""
         if state in self.running:
             self.running.remove(state)
         elif state in self.waiting:
             self.waiting.remove(state)
-        self._target.release(state)
+        self._target.retire(state)
 
     def admit(self) -> list[RequestState]:
         """Move requests from the queue to the batch while there is room; the ones moved."""
@@ -62,9 +62,12 @@ class Scheduler:
             state = self.waiting[0]
             if self.running and not self._target.has_room(claimed + state.num_tokens):
                 break
-            claimed += state.num_tokens
             self.running.append(self.waiting.popleft())
             admitted.append(state)
+            state.num_cached = self._target.recall(state)
+            if not state.num_preemptions:
+                state.num_recalled = state.num_cached
+            claimed += state.num_tokens - state.num_cached
         return admitted
 
     def plan(self) -> list[Part]:

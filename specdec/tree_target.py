@@ -20,6 +20,7 @@ from numba import njit
 from specdec.attention import IMPLEMENTATION, StepAttention, TailMasks, active
 from specdec.errors import ConfigError, InternalError
 from specdec.kv_cache import CallShape, GroupKey, Keep, KVPool
+from specdec.prefix_cache import PrefixCache
 from specdec.query_layout import QueryLayout
 from specdec.types import Chunk, HiddenStates, IntArray, RequestState, TargetOutput
 
@@ -56,6 +57,8 @@ class TreeTarget:
         is_strict: attention gives a query the same bits whatever else is in the step; for models on the CPU whose
             attention has no soft-cap, no sinks, and values as wide as keys.
         hidden_layers: whose states drafters read, as indices into ``output_hidden_states``; all different.
+        keeps_prefixes: K/V of finished requests serves later ones that begin alike; not where drafters read states,
+            which they need of every token.
 
     Raises:
         ConfigError: a size is below 1, or the model is in training mode.
@@ -75,6 +78,7 @@ class TreeTarget:
         max_step_tokens: int,
         is_strict: bool = False,
         hidden_layers: tuple[int, ...] = (),
+        keeps_prefixes: bool = False,
     ) -> None:
         if model.training:
             raise ConfigError("the model must be in evaluation mode: call model.eval() first, or dropout would act")
@@ -102,6 +106,7 @@ class TreeTarget:
             dtype=self.dtype,
             device=self.device,
         )
+        self.prefixes = PrefixCache(self.pool) if keeps_prefixes and not hidden_layers else None
         self._num_query_groups = [c.num_query_heads // c.num_kv_heads for c in calls]
         self._masks: dict[tuple[GroupKey, int], TailMasks] = {}
         accepted = inspect.signature(model.forward).parameters
@@ -118,15 +123,35 @@ class TreeTarget:
         return num_tokens <= self.pool.num_tokens
 
     def has_room(self, num_tokens: int) -> bool:
-        return num_tokens <= self.pool.num_free
+        return num_tokens <= self.pool.num_free + (self.prefixes.num_tokens if self.prefixes else 0)
 
     def reserve(self, state: RequestState, num_tokens: int) -> bool:
-        sampling = state.request.sampling
-        expected = min(state.num_prompt_tokens + sampling.max_new_tokens, self.max_length) + self.max_draft_tokens
-        return self.pool.reserve(state.request_id, num_tokens, expected)
+        expected = self._expected_length(state)
+        if self.prefixes and not state.num_cached:  # a newcomer should find a run that is long enough
+            while self.pool.num_free < expected and self.prefixes.drop_oldest():
+                pass
+        while not self.pool.reserve(state.request_id, num_tokens, expected):
+            if not (self.prefixes and self.prefixes.drop_oldest()):
+                return False
+        return True
+
+    def recall(self, state: RequestState) -> int:
+        return self.prefixes.recall(state, self._expected_length(state)) if self.prefixes is not None else 0
+
+    def retire(self, state: RequestState) -> None:
+        if self.prefixes is None:
+            self.release(state)
+        else:
+            self.prefixes.keep(state)
 
     def release(self, state: RequestState) -> None:
         self.pool.release(state.request_id)
+        if self.prefixes is not None:
+            self.prefixes.forget(state.request_id)
+
+    def _expected_length(self, state: RequestState) -> int:
+        sampling = state.request.sampling
+        return min(state.num_prompt_tokens + sampling.max_new_tokens, self.max_length) + self.max_draft_tokens
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> TargetOutput:

@@ -178,6 +178,7 @@ class RequestState:
         "num_drafted",
         "num_preemptions",
         "num_prompt_tokens",
+        "num_recalled",
         "num_steps",
         "num_tokens",
         "request",
@@ -196,6 +197,7 @@ class RequestState:
         self.num_drafted = 0
         self.num_accepted = 0
         self.num_preemptions = 0
+        self.num_recalled = 0  # leading tokens whose KV was there before the first forward
 
     @property
     def request_id(self) -> str:

@@ -21,7 +21,7 @@ LAYERS = [
     "specdec.protocols specdec.config specdec.sampling specdec.processors.* specdec.stopping specdec.rope specdec.text"
     " specdec.cost_model specdec.cost_measure specdec.controller_floor specdec.step_budget",
     "specdec.verifier.* specdec.drafters.* specdec.mask_laws specdec.probe specdec.kv_slots specdec.kv_cache"
-    " specdec.packed_linear specdec.query_layout specdec.strict_attention specdec.strict"
+    " specdec.prefix_cache specdec.packed_linear specdec.query_layout specdec.strict_attention specdec.strict"
     " specdec.attention specdec.tree_target specdec.chain_target specdec.plain_target"
     " specdec.row_forward specdec.reference specdec.self_test specdec.routes specdec.controller specdec.trace"
     " specdec.controller_adaptive specdec.toy",

@@ -144,6 +144,42 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.release(request)
         del self.requests[request]
 
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), to=st.sampled_from("abcdefgh"), expected=st.integers(1, 60))
+    def copy_prefix(self, data: st.DataObject, to: str, expected: int) -> None:
+        source = data.draw(st.sampled_from(sorted(self.requests)))
+        length = data.draw(st.integers(0, len(self.requests[source].tokens)))
+        if to in self.requests or not self._holds(source, length):
+            return
+        needed = {key: length - first_visible(key, length) for key in self.pool.groups}
+        has_room = all(group.allocator.num_free >= needed[key] for key, group in self.pool.groups.items())
+        assert self.pool.copy_prefix(source, to, length, expected) == has_room
+        if has_room:
+            self.requests[to] = Model(self.requests[source].tokens[:length])
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), to=st.sampled_from("abcdefgh"))
+    def rename(self, data: st.DataObject, to: str) -> None:
+        source = data.draw(st.sampled_from(sorted(self.requests)))
+        if to not in self.requests:
+            self.pool.rename(source, to)
+            self.requests[to] = self.requests.pop(source)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def cut(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(sorted(self.requests)))
+        length = data.draw(st.integers(0, len(self.requests[request].tokens)))
+        if self._holds(request, length):
+            self.pool.cut(request, length)
+            del self.requests[request].tokens[length:]
+
+    def _holds(self, request: str, length: int) -> bool:
+        model = self.requests[request]
+        visible = all(first_visible(key, len(model.tokens)) <= first_visible(key, length) for key in self.pool.groups)
+        assert self.pool.holds(request, length) == (visible and not model.reserved)
+        return visible and not model.reserved
+
     @rule()
     def releasing_a_stranger_is_no_error(self) -> None:
         self.pool.release("stranger")

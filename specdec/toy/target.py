@@ -174,6 +174,12 @@ class ToyTarget:
             held.cached += held.step[:num_prefix] + [held.step[num_prefix + node] for node in nodes]
             held.num_reserved, held.chunk, held.step = 0, None, []
 
+    def recall(self, state: RequestState) -> int:
+        return 0
+
+    def retire(self, state: RequestState) -> None:
+        self.release(state)
+
     def release(self, state: RequestState) -> None:
         self._held.pop(state.request_id, None)
 

@@ -148,7 +148,11 @@ class Answer:
         """
         num_prompt = sum(len(choice.job.request.prompt_ids) for choice in self.choices[:: self._n])
         num_new = sum(len(choice.token_ids) for choice in self.choices)
-        usage = {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
+        num_cached = sum(c.stats.num_cached_prompt_tokens for c in self.choices[:: self._n] if c.stats is not None)
+        usage: dict[str, Any] = {
+            "prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+        }  # fmt: skip
         hint_ids = self.choices[0].job.choice.hint_ids
         if hint_ids is None:
             return usage

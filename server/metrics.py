@@ -41,6 +41,9 @@ class _EngineCollector(Collector):
         for position, count in sorted(totals.accepted_at.copy().items()):
             at.add_metric((*self._values, str(position)), count)
         yield at
+        prefixes = self._worker.prefix_totals
+        yield self._counter("prefix_cache_queries", "Prompt tokens looked up.", prefixes.num_queried)
+        yield self._counter("prefix_cache_hits", "Prompt tokens that were cached.", prefixes.num_recalled)
         yield self._counter("generation_tokens", "Tokens emitted.", totals.num_emitted_tokens)
         yield self._counter("engine_steps", "Steps of the engine.", totals.num_steps)
         parts = CounterMetricFamily(

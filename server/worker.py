@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias
 
 from specdec.engine import Engine
 from specdec.errors import SpecdecError
+from specdec.prefix_cache import PrefixTotals
 from specdec.server.speculation import Choice, Choices
 from specdec.server.watch import StepNotes, StepTotals, StepWatcher
 from specdec.types import FinishReason, Request, RequestOutput
@@ -46,6 +47,7 @@ class RequestStats:
     """What speculation did for a request so far."""
 
     num_prompt_tokens: int
+    num_cached_prompt_tokens: int  # those of the prompt that needed no forward
     num_output_tokens: int
     num_steps: int
     num_drafted: int
@@ -137,6 +139,12 @@ class EngineWorker:
     def totals(self) -> StepTotals:
         """Sums over all steps so far."""
         return self._watcher.totals
+
+    @property
+    def prefix_totals(self) -> PrefixTotals:
+        """Prompt tokens looked up in the prefix cache so far; zeros where there is none."""
+        prefixes = getattr(self._engine.target, "prefixes", None)
+        return prefixes.totals if prefixes is not None else PrefixTotals()
 
     @property
     def num_in_flight(self) -> int:
@@ -246,8 +254,9 @@ class EngineWorker:
         state = output.state
         notes = self._watcher.take(output.request_id)
         stats = RequestStats(
-            state.num_prompt_tokens, state.num_output_tokens, state.num_steps, state.num_drafted, state.num_accepted
-        )
+            state.num_prompt_tokens, state.num_recalled, state.num_output_tokens, state.num_steps, state.num_drafted,
+            state.num_accepted,
+        )  # fmt: skip
         if output.finish_reason is not None:
             self._forget(output.request_id)
         return Update(output.request_id, tuple(output.new_ids), output.finish_reason, stats, notes)

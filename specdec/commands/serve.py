@@ -36,6 +36,9 @@ def serve(
     ] = 256,
     max_length: Annotated[int | None, typer.Option("--max-length", min=2, help="Most tokens of a request.")] = None,
     kv_tokens: Annotated[int | None, typer.Option("--kv-tokens", min=2, help="Size of the KV pool.")] = None,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Keep the KV of finished requests, while there is room, for those that begin alike.")
+    ] = True,
     deadline: Annotated[float, typer.Option("--deadline", min=0.1, help="Seconds that a request may take.")] = 600.0,
     drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds for live requests at shutdown.")] = 30.0,
     max_body_mb: Annotated[float, typer.Option("--max-body-mb", min=0.001, help="Largest request.")] = 8.0,
@@ -65,7 +68,10 @@ def serve(
         name_drafter(one)  # what is wrong with a name is said before the minutes that loading may take
     with launch.listen(host, port) as bound:
         loaded = load_model(model, dtype=dtype, device=device)
-        engine = {"max_batch_size": max_batch_size, "max_length": max_length, "kv_tokens": kv_tokens}
+        engine = {
+            "max_batch_size": max_batch_size, "max_length": max_length, "kv_tokens": kv_tokens,
+            "prefix_cache": prefix_cache,
+        }  # fmt: skip
         options = launch.ServerOptions(
             name=name or Path(model).name,
             drafters=tuple(drafter or ["ngram"]),

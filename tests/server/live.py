@@ -23,6 +23,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 EOS = 256
+ENGINE = {"max_length": 200, "kv_tokens": 4096, "prefix_cache": True}
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def tokenizer():
 
 
 def service(*, keys: Keyring | None = None, **options: Any) -> Service:
-    given = {"name": "tiny", "drafters": ("ngram", "suffix", "none"), "engine": {"max_length": 200, "kv_tokens": 4096}}
+    given = {"name": "tiny", "drafters": ("ngram", "suffix", "none"), "engine": ENGINE}
     return build_service(tiny_llama(), tokenizer(), (EOS,), ServerOptions(**{**given, **options}), keys)
 
 

@@ -40,3 +40,13 @@ def test_a_tenants_steps_do_not_depend_on_anothers_text(drafter: str):
     assert got == expected
     if drafter == "suffix":
         assert again != expected[0]  # the probe sees what a tenant's own store knows
+
+
+def test_a_cached_beginning_serves_its_own_tenant_alone():
+    with running(service(keys=KEYS)) as live:
+        answers = [ask(live, key, TEXT, 1) for key in ("key-a", "key-b", "key-a")]
+        metrics = live.get("/metrics").text
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+    assert cached == [0, 0, answers[0]["usage"]["prompt_tokens"] - 1]
+    assert len({answer["choices"][0]["text"] for answer in answers}) == 1
+    assert f'specdec:prefix_cache_hits_total{{engine="0",model_name="tiny"}} {float(cached[2])}' in metrics

@@ -75,7 +75,7 @@ BENCHES = $(shell grep -l '__name__ == "__main__"' bench/*.py 2>/dev/null | sed 
 # torch goes first and by itself: where a build of that version for this machine is at hand (a CPU build, say), pip
 # takes it, and what follows finds it in place. Nothing is installed twice: pip keeps what satisfies the constraints.
 $(VENV)/.ready-run: EXTRAS :=
-$(VENV)/.ready-dev: EXTRAS := [server,train,redis,bench,dev]
+$(VENV)/.ready-dev: EXTRAS := [server,otel,train,redis,bench,dev]
 $(VENV)/.ready-run $(VENV)/.ready-dev: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo 'specdec needs Python 3.11 or newer: make PYTHON=python3.11 ...'; exit 2; }

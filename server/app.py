@@ -28,6 +28,7 @@ from specdec.server.metrics import ServerMetrics
 from specdec.server.prompts import Serving, chat_grammar, chat_prompt, completion_prompts, jobs_of
 from specdec.server.speculation import Choices
 from specdec.server.tools import offers_tools
+from specdec.server.tracing import NoTracer, RequestSpan, RequestTracer
 from specdec.server.web import add_page
 from specdec.server.wire import ChatRequest, CompletionRequest, GenerationRequest
 from specdec.server.worker import Draining, EngineWorker, Job, Overloaded, Update
@@ -68,6 +69,7 @@ class Service:
         keys: who is let in.
         make_metrics: builds the metrics of a worker.
         options: see ``ServiceOptions``.
+        tracer: makes the spans of requests.
     """
 
     serving: Serving
@@ -76,6 +78,7 @@ class Service:
     keys: Keyring
     make_metrics: Callable[[EngineWorker], ServerMetrics]
     options: ServiceOptions = field(default_factory=ServiceOptions)
+    tracer: RequestTracer = field(default_factory=NoTracer)
     worker: EngineWorker = field(init=False)
     mailboxes: Mailboxes = field(init=False)
     metrics: ServerMetrics = field(init=False)
@@ -98,6 +101,7 @@ def create_app(service: Service) -> FastAPI:
             yield
         finally:
             is_clean = await run_in_threadpool(service.worker.drain, service.options.drain_s)
+            await run_in_threadpool(service.tracer.close)
             logger.info("engine stopped; %s", "all requests finished" if is_clean else "some requests were cut off")
 
     app = FastAPI(title="specdec", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -223,7 +227,7 @@ async def _answer(
     service: Service,
     request: Request,
     kind: Kind,
-    body: GenerationRequest,
+    body: ChatRequest | CompletionRequest,
     jobs: Sequence[Job],
     *,
     has_tools: bool = False,
@@ -235,7 +239,8 @@ async def _answer(
         kind, answer_id, service.serving.name, jobs, tokenizer, n=body.n, has_ids=body.return_token_ids,
         has_tools=has_tools,
     )  # fmt: skip
-    pieces = _pieces(service, answer, jobs)
+    span = service.tracer.start(body, is_chat=kind == "chat", model=service.serving.name, headers=request.headers)
+    pieces = _pieces(service, answer, jobs, span)
     if not body.stream:
         await _unless_gone(request, _exhaust(pieces))
         return JSONResponse(answer.whole(has_metrics=service.options.has_metrics))
@@ -275,8 +280,30 @@ async def _unless_gone(request: Request, work: Awaitable[_T]) -> _T:
         await asyncio.gather(main, watch, return_exceptions=True)
 
 
-async def _pieces(service: Service, answer: Answer, jobs: Sequence[Job]) -> AsyncIterator[dict[str, Any] | None]:
-    """Run the jobs; for every update the choice of its chunk, None where it shows nothing.
+async def _pieces(
+    service: Service, answer: Answer, jobs: Sequence[Job], span: RequestSpan
+) -> AsyncIterator[dict[str, Any] | None]:
+    """Run the jobs and end the span; for every update the choice of its chunk, None where it shows nothing.
+
+    Raises:
+        RequestError, _EngineError, TimeoutError: as ``_updates``.
+    """
+    error: BaseException | None = None
+    try:
+        async for piece in _updates(service, answer, jobs, span):
+            yield piece
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        stats = [choice.stats for choice in answer.choices if choice.stats is not None]
+        span.end(stats, [choice.finish_reason for choice in answer.choices if choice.finish_reason], error)
+
+
+async def _updates(
+    service: Service, answer: Answer, jobs: Sequence[Job], span: RequestSpan
+) -> AsyncIterator[dict[str, Any] | None]:
+    """Run the jobs; for every update the choice of its chunk.
 
     Raises:
         RequestError: the engine refused a request.
@@ -293,6 +320,7 @@ async def _pieces(service: Service, answer: Answer, jobs: Sequence[Job]) -> Asyn
             now = time.monotonic() - arrived
             if update.new_ids:
                 first.setdefault(index, now)
+                span.first_token()
             piece = answer.take(index, update)
             if update.finish_reason is not None and update.stats is not None:
                 service.metrics.finished(

@@ -22,6 +22,7 @@ from specdec.server.listening import listen
 from specdec.server.metrics import ServerMetrics
 from specdec.server.prompts import Serving
 from specdec.server.speculation import CappedController, Choices, RoutedDrafter
+from specdec.server.tracing import NoTracer, otlp_tracer
 from specdec.server.watch import StepWatcher
 from specdec.server.worker import EngineWorker, Update, longest_request
 
@@ -44,6 +45,7 @@ class ServerOptions:
         max_in_flight: most requests that are submitted and not finished.
         metrics_prefix: of all metric names.
         service: towards clients.
+        otlp_endpoint: base URL of an OpenTelemetry collector; None: no spans.
         engine: fields of ``EngineConfig``.
     """
 
@@ -53,6 +55,7 @@ class ServerOptions:
     max_in_flight: int = 256
     metrics_prefix: str = "specdec:"
     service: ServiceOptions = field(default_factory=ServiceOptions)
+    otlp_endpoint: str | None = None
     engine: dict[str, Any] = field(default_factory=dict)
 
 
@@ -76,6 +79,7 @@ def build_service(
         ConfigError: an option breaks its rule.
         UnsupportedError: the model cannot be served.
     """
+    tracer = otlp_tracer(options.otlp_endpoint) if options.otlp_endpoint is not None else NoTracer()
     choices = Choices([short_name(name) for name in options.drafters])
     loaded = [load_drafter(name, model, tokenizer) for name in options.drafters]
     drafter = RoutedDrafter(dict(zip(choices.drafters, loaded, strict=True)), choices)
@@ -101,7 +105,7 @@ def build_service(
     def make_metrics(worker: EngineWorker) -> ServerMetrics:
         return ServerMetrics(worker, model=options.name, drafter=choices.drafters[0], prefix=options.metrics_prefix)
 
-    return Service(serving, choices, make_worker, keys or Keyring(), make_metrics, options.service)
+    return Service(serving, choices, make_worker, keys or Keyring(), make_metrics, options.service, tracer)
 
 
 def serve(service: Service, bound: socket.socket) -> None:

@@ -53,6 +53,9 @@ def serve(
     metrics_prefix: Annotated[
         str, typer.Option("--metrics-prefix", help="Of Prometheus names; `vllm:` for tools that expect vLLM.")
     ] = "specdec:",
+    otlp_endpoint: Annotated[
+        str | None, typer.Option("--otlp-endpoint", help="Send spans to this OpenTelemetry collector (HTTP).")
+    ] = None,
     dtype: DTypeOption = "auto",
     device: DeviceOption = "auto",
 ) -> None:
@@ -78,6 +81,7 @@ def serve(
             budget=budget,
             max_in_flight=max_in_flight,
             metrics_prefix=metrics_prefix,
+            otlp_endpoint=otlp_endpoint,
             service=launch.ServiceOptions(
                 deadline_s=deadline,
                 max_body_bytes=round(max_body_mb * 2**20),

@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from specdec.bench.forcing import ForcedResponse
-from specdec.build import name_drafter
+from specdec.build import compile_ahead, name_drafter
 from specdec.controller import BackoffController, FixedController
 from specdec.drafters.checkpoint import PendingDrafter
 from specdec.errors import UnsupportedError
@@ -162,9 +162,7 @@ class EngineArm:
         fresh = self._fresh_drafter()
         if not isinstance(fresh, PendingDrafter):  # those have weights, and nothing of earlier requests
             self._engine.drafter = fresh
-        warmup = getattr(self._engine.drafter, "warmup", None)
-        if warmup is not None:
-            warmup()
+        compile_ahead(self._engine.drafter)
         self._engine.controller = BackoffController() if self.budget is None else FixedController(self.budget)
 
     def warm(self, jobs: Sequence[Job]) -> None:

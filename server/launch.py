@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from specdec.build import build_engine, load_drafter
+from specdec.build import build_engine, compile_ahead, load_drafter
 from specdec.controller import BackoffController, FixedController
 from specdec.drafters.checkpoint import short_name
 from specdec.protocols import Controller
@@ -89,6 +89,7 @@ def build_service(
         model, drafter, controller=CappedController(planner, choices), tokenizer=tokenizer, observers=[watcher],
         **options.engine,
     )  # fmt: skip
+    compile_ahead(*loaded, engine.verifier)
     max_length = min(engine.target.max_length, longest_request(engine))
 
     @cache

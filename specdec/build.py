@@ -49,6 +49,7 @@ __all__ = [
     "build_drafter",
     "build_engine",
     "build_target",
+    "compile_ahead",
     "drafter_names",
     "load_drafter",
     "may_pack",
@@ -97,6 +98,14 @@ def name_drafter(drafter: str | Drafter | PendingDrafter, **options: Any) -> Dra
     if kind not in DRAFTER_KINDS:
         raise ConfigError(f"drafter must be one of {', '.join(drafter_names())}, got {drafter!r}")
     return PendingDrafter(drafter, DRAFTER_KINDS[kind], options)
+
+
+def compile_ahead(*parts: object) -> None:
+    """Let drafters and verifiers compile what they run, so that no request waits for it; others have nothing to do."""
+    for part in parts:
+        warmup = getattr(part, "warmup", None)
+        if warmup is not None:
+            warmup()
 
 
 def load_drafter(

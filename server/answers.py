@@ -45,6 +45,7 @@ class Choice:
     steps: list[tuple[int, int]] = field(default_factory=list)
     trees: list[TreeNote] = field(default_factory=list)
     tools: ToolText | None = None
+    has_shown: bool = False  # a chunk of a stream
     num_characters: int = 0  # of the tokens whose log-probabilities were shown
     finish_reason: str | None = None
     stats: RequestStats | None = None
@@ -106,6 +107,9 @@ class Answer:
         shown["logprobs"] = self._logprobs(choice, notes.logprobs)
         if self._has_ids:
             shown["token_ids"] = list(update.new_ids)
+            if not choice.has_shown:
+                shown["prompt_token_ids"] = choice.job.request.prompt_ids.tolist()
+        choice.has_shown = True
         if notes.trees:
             shown["speculative"] = [self._tree(tree) for tree in notes.trees]
         return shown

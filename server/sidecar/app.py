@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from time import perf_counter
 
 import aiohttp
@@ -14,6 +15,9 @@ from aiohttp import web
 from specdec import __version__
 from specdec.server.sidecar.metrics import SidecarMetrics
 from specdec.server.sidecar.options import RelayOptions
+from specdec.server.sidecar.service import Job, Speed, SpeedOptions
+from specdec.server.sidecar.splice import StreamBroken
+from specdec.server.sidecar.tokens import Tokens
 from specdec.server.sidecar.upstream import Question, Unreachable, Upstream, end_to_end
 
 logger = logging.getLogger(__name__)
@@ -22,6 +26,7 @@ __all__ = ["Sidecar", "create_app"]
 
 _BEGUN = web.RequestKey("begun", web.StreamResponse)  # the answer whose head the client has
 _CIRCUIT = {"closed": 0, "half-open": 1, "open": 2}
+_MAX_COPY = 8 << 20  # bytes of an answer that are kept for whoever reads it afterwards
 _ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/models")
 
 
@@ -30,20 +35,30 @@ class Sidecar:
 
     Args:
         options: see ``RelayOptions``.
+        speed: what is done beyond that; with mode ``off`` bodies are not even read.
+        tokens: the upstream's tokenizer, or none.
     """
 
-    def __init__(self, options: RelayOptions) -> None:
+    def __init__(
+        self, options: RelayOptions, speed: SpeedOptions | None = None, *, tokens: Tokens | None = None
+    ) -> None:
         self.options = options
         self.upstream = Upstream(options)
         self.metrics = SidecarMetrics()
         self.num_in_flight = 0
+        wanted = speed or SpeedOptions(mode="off")
+        self.speed = None if wanted.mode == "off" else Speed(wanted, self.upstream, self.metrics, tokens)
 
     async def start(self) -> None:
         """Get ready; on the event loop that will serve."""
         await self.upstream.start()
+        if self.speed is not None:
+            await self.speed.start()
 
     async def close(self) -> None:
         """Let everything go."""
+        if self.speed is not None:
+            await self.speed.close()
         await self.upstream.close()
 
     # --- one request --------------------------------------------------------------------------------------------------
@@ -78,28 +93,60 @@ class Sidecar:
             return self._refuse(501, "upgrades of the connection are not relayed")
         body = await request.read() if request.can_read_body else b""
         question = Question(request.method, request.raw_path, request.headers.copy(), body)
+        job = Job(question) if self.speed is None else self.speed.consider(question)
         self.metrics.overhead.observe(perf_counter() - arrived)
+        if job.cached is not None:
+            return web.Response(body=job.cached.body, headers={"Content-Type": job.cached.content_type})
         try:
             async with asyncio.timeout(self.options.timeouts.total_s):
-                return await self._relay(request, question, arrived)
+                return await self._relay(request, job, arrived)
         except TimeoutError:
             raise Unreachable(504, f"the request took longer than {self.options.timeouts.total_s} s") from None
         finally:
             self.metrics.e2e.observe(perf_counter() - arrived)
 
-    async def _relay(self, request: web.Request, question: Question, arrived: float) -> web.StreamResponse:
-        async with self.upstream.ask(question) as answer:
+    async def _relay(self, request: web.Request, job: Job, arrived: float) -> web.StreamResponse:
+        async with self.upstream.ask(job.question) as answer:
             if answer.status >= 400:
                 self.metrics.errors.labels(str(answer.status)).inc()
             client = await self._begin(request, answer)
             self.metrics.ttft.observe(perf_counter() - arrived)
+            copy: list[bytes] | None = [] if job.wants_copy and answer.status == 200 else None
+            num_bytes = 0
             try:
-                async for piece in self._pieces(answer):
-                    await client.write(piece)
+                async with aclosing(self._answer(answer, job)) as pieces:
+                    async for piece in pieces:
+                        await client.write(piece)
+                        if copy is not None:
+                            num_bytes += len(piece)
+                            copy.append(piece)
+                            copy = copy if num_bytes <= _MAX_COPY else None
                 await client.write_eof()
-            except (aiohttp.ClientError, TimeoutError, ConnectionError):
+            except (aiohttp.ClientError, TimeoutError, ConnectionError, StreamBroken):
                 _cut(request)  # what the client has is no whole answer, and it must not look like one
+                return client
+            if copy is not None and self.speed is not None:
+                self.speed.finished(job, answer.headers, b"".join(copy))
             return client
+
+    def _answer(self, answer: aiohttp.ClientResponse, job: Job) -> AsyncGenerator[bytes, None]:
+        """The body that the client gets."""
+        is_events = answer.headers.get("Content-Type", "").startswith("text/event-stream")
+        is_plain = "Content-Encoding" not in answer.headers and "Content-Length" not in answer.headers
+        if job.run is not None and answer.status == 200 and is_events and is_plain:
+            return job.run.pieces(answer)
+        return self._watched(answer) if job.wants_copy and is_events and self.speed else self._pieces(answer)
+
+    async def _watched(self, answer: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+        """The body as it comes, while the upstream's speed is measured."""
+        assert self.speed is not None
+        last: float | None = None
+        async for piece in self._pieces(answer):
+            now = perf_counter()
+            if last is not None:
+                self.speed.shop.timing.saw_gap(now - last, piece.count(b"data:"))
+            last = now
+            yield piece
 
     async def _begin(self, request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
         client = web.StreamResponse(
@@ -109,7 +156,7 @@ class Sidecar:
         await client.prepare(request)
         return client
 
-    async def _pieces(self, answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    async def _pieces(self, answer: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
         """The body as it comes; what the client has not taken is not read from the upstream."""
         idle_s = self.options.timeouts.idle_s
         while True:
@@ -135,7 +182,7 @@ class Sidecar:
             "version": __version__,
             "upstream": {"url": self.upstream.base, "circuit": state},
             "requests_under_way": self.num_in_flight,
-        }
+        } | ({"speed": self.speed.table()} if self.speed is not None else {})
 
 
 def _route(path: str) -> str:

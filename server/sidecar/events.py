@@ -18,8 +18,9 @@ __all__ = ["DONE", "EventSplitter", "Framing", "IdShape", "Piece", "read_event",
 DONE = b"[DONE]"
 _BREAK = re.compile(rb"\r?\n\r?\n")
 # In a JSON string every quote has a backslash before it, so this matches keys only.
-_IDS = re.compile(rb'(,\s*)?(?<!\\)"(prompt_token_ids|token_ids)"(\s*:\s*)(\[[\d,\s]*\]|null)(\s*,\s*)?')
-_FIELDS = ("prompt_token_ids", "token_ids")
+_FIELD = rb'(?<!\\)"(prompt_token_ids|token_ids)"(\s*:\s*)(?:\[[\d,\s]*\]|null)'
+_IDS = re.compile(rb"(,\s*)?" + _FIELD)
+_FIRST_IDS = re.compile(rb"(?<=\{)\s*" + _FIELD + rb"\s*,\s*")  # without a comma before it there may be one behind it
 
 IdShape = Literal["absent", "null"]
 
@@ -109,11 +110,11 @@ def restore(raw: bytes, shapes: Mapping[str, IdShape]) -> bytes:
     """
 
     def put(found: re.Match[bytes]) -> bytes:
-        before, name, colon, _, after = found.groups(b"")
-        if shapes.get(name.decode(), "absent") == "null":
-            return before + b'"' + name + b'"' + colon + b"null" + after
-        return before if before and after else b""
+        before, name, colon = found.groups(b"")
+        return before + b'"' + name + b'"' + colon + b"null" if shapes.get(name.decode()) == "null" else b""
 
+    if "null" not in shapes.values():
+        raw = _FIRST_IDS.sub(b"", raw)
     return _IDS.sub(put, raw)
 
 
@@ -162,7 +163,11 @@ class Framing:
         if self._style is not None or not piece.text:
             return
         data = plain[len(b"data:") :].strip()
-        event = json.loads(data)
+        try:
+            event = json.loads(data)
+        except ValueError:  # more lines than one, or a field that cannot be cut out
+            self._is_odd = True
+            return
         for separators in ((",", ":"), (", ", ": ")):
             for is_ascii in (False, True):
                 if _dump(event, (separators, is_ascii)) == data:
@@ -182,16 +187,27 @@ class Framing:
         assert self._style is not None
         if piece.event is None:
             return piece.raw
-        event = {key: deepcopy(value) for key, value in self._template.items() if key not in ("choices", "usage")}
         choices = piece.event.get("choices") or []
+        # A text's continuation comes by the same route as the text, so its keys stand as the client's would.
+        order = piece.event if self.kind == "text" else self._template
+        event = {key: deepcopy(self._template[key]) for key in order if key in self._template}
         event["choices"] = [self._choice(piece, choices[0])] if choices else []
         if "usage" in piece.event:
-            event["usage"] = _usage(piece.event["usage"], prompt_tokens, earlier_tokens)
+            made = {"usage": _usage(piece.event["usage"], prompt_tokens, earlier_tokens)}
+            keys = [key for key in order if key in event or key in made]
+            event = {key: (event | made)[key] for key in (*keys, *(made if "usage" not in keys else ()))}
+        return b"data: " + _dump(event, self._style) + b"\n\n"
+
+    def write_text(self, text: str) -> bytes:
+        """An event with some text and no end."""
+        assert self._template is not None
+        assert self._style is not None
+        event = {**self._template, "choices": [self._choice(Piece(text=text), {})]}
         return b"data: " + _dump(event, self._style) + b"\n\n"
 
     def _choice(self, piece: Piece, branch: Mapping[str, Any]) -> dict[str, Any]:
         assert self._template is not None
-        choice = deepcopy(self._template["choices"][0])
+        choice: dict[str, Any] = deepcopy(self._template["choices"][0])
         if self.kind == "chat":
             choice["delta"] = {**({"role": choice["delta"]["role"]} if "role" in choice["delta"] else {})}
             choice["delta"]["content"] = piece.text

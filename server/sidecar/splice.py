@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -176,7 +176,7 @@ class Splicer:
         self._closing: set[asyncio.Task[None]] = set()
         self._may_guess = True
 
-    async def pieces(self) -> AsyncIterator[Spliced]:
+    async def pieces(self) -> AsyncGenerator[Spliced, None]:
         """The client's stream. Leaving it early closes everything that is under way.
 
         Raises:

@@ -117,22 +117,36 @@ class Upstream:
             await self._session.close()
 
     @asynccontextmanager
-    async def ask(self, question: Question, *, retries: int | None = None) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def ask(self, question: Question, *, is_extra: bool = False) -> AsyncIterator[aiohttp.ClientResponse]:
         """The head of the answer; leaving the block closes the connection if the body was not read to its end.
 
         Args:
             question: what to ask.
-            retries: further tries; None: as configured.
+            is_extra: a request of the sidecar's own: not tried again, not sent while the upstream is in doubt, and no
+                ground to leave it alone.
 
         Raises:
             Unreachable: there is no answer: no connection, none in time, or the breaker is open.
         """
+        if is_extra:
+            if self.breaker.state != "closed":
+                raise Unreachable(503, "the upstream is in doubt")
+            response = await self._try(question, 0)
+        else:
+            response = await self._admitted(question)
+        try:
+            yield response
+        finally:
+            response.close() if not response.content.at_eof() else response.release()
+
+    async def _admitted(self, question: Question) -> aiohttp.ClientResponse:
+        """A client's request, which the circuit breaker may refuse and learns from."""
         if not self.breaker.admits():
             pause = max(1, round(self.breaker.wait_s))
             raise Unreachable(503, "the upstream failed repeatedly and is left alone for a while", pause)
         has_verdict = False
         try:
-            response = await self._try(question, self.options.retries if retries is None else retries)
+            response = await self._try(question, self.options.retries)
             has_verdict = True
             if response.status in (502, 503, 504):
                 self.breaker.failed()
@@ -145,10 +159,7 @@ class Upstream:
         finally:
             if not has_verdict:
                 self.breaker.abandoned()
-        try:
-            yield response
-        finally:
-            response.close() if not response.content.at_eof() else response.release()
+        return response
 
     async def _try(self, question: Question, retries: int) -> aiohttp.ClientResponse:
         """Ask until there is an answer that is worth relaying."""

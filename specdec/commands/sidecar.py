@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import os
+from typing import Annotated, Any, Literal, TypeAlias
 
 import typer
 
@@ -11,6 +12,9 @@ from specdec.errors import ConfigError, UnsupportedError
 from specdec.server.listening import is_this_machine, listen
 
 __all__ = ["sidecar"]
+
+ModeName: TypeAlias = Literal["off", "observe", "race", "grid"]
+KindName: TypeAlias = Literal["vllm", "sglang", "llamacpp", "specdec", "openai"]
 
 
 def sidecar(
@@ -28,12 +32,39 @@ def sidecar(
     max_in_flight: Annotated[int, typer.Option("--max-in-flight", min=1, help="More requests get status 429.")] = 256,
     max_body_mb: Annotated[float, typer.Option("--max-body-mb", min=0.001, help="Largest request.")] = 32.0,
     drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds for live requests at shutdown.")] = 30.0,
+    mode: Annotated[
+        ModeName, typer.Option("--mode", help="off: relay only; observe: learn and estimate; race, grid: accelerate.")
+    ] = "observe",
+    branches: Annotated[int, typer.Option("--branches", min=2, max=64, help="Of a grid.")] = 4,
+    max_draft: Annotated[int, typer.Option("--max-draft", min=8, max=256, help="Draft tokens ahead.")] = 128,
+    min_gain_ms: Annotated[float, typer.Option("--min-gain-ms", min=0, help="Expected saving of a launch.")] = 40.0,
+    extra_tokens: Annotated[
+        float, typer.Option("--extra-tokens", min=0, help="Upstream tokens spent per token that clients receive.")
+    ] = 0.2,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="The upstream's, a directory; for sampled requests and learning.")
+    ] = None,
+    single_tenant: Annotated[
+        bool, typer.Option("--single-tenant", help="All clients share what is learned. Default: one store per key.")
+    ] = False,
+    cache_salt: Annotated[
+        bool, typer.Option("--cache-salt", help="Send the tenant's hash as cache_salt (vLLM, SGLang).")
+    ] = False,
+    exact_cache: Annotated[
+        float, typer.Option("--exact-cache", min=0, help="Seconds that a greedy answer is given again; 0: never.")
+    ] = 0.0,
+    kind: Annotated[
+        KindName | None, typer.Option("--kind", help="Of the upstream, if it does not say so itself.")
+    ] = None,
+    probe_key_env: Annotated[
+        str | None, typer.Option("--probe-key-env", help="Environment variable with a key for the sidecar's own probe.")
+    ] = None,
 ) -> None:
     """Relay an OpenAI-compatible endpoint byte for byte, learn from what passes, and speed up what it may.
 
     specdec sidecar --upstream http://127.0.0.1:8000
     """
-    options, app, launch = _modules()
+    options, app, launch, service = _modules()
     if not (is_this_machine(host) or allow_anyone):
         raise ConfigError(f"--host {host} can be reached from other machines: give --allow-anyone if that is meant")
     relay = options.RelayOptions(
@@ -43,18 +74,40 @@ def sidecar(
         max_in_flight=max_in_flight,
         retries=retries,
     )
+    plan = service.PlanOptions(max_branches=branches, max_draft=max_draft, min_gain_s=min_gain_ms / 1e3)
+    speed = service.SpeedOptions(
+        mode=mode,
+        plan=plan,
+        budget=service.BudgetOptions(ratio=extra_tokens),
+        is_single_tenant=single_tenant,
+        cache_ttl_s=exact_cache,
+        kind=kind,
+        probe_key=_key_of(probe_key_env),
+        has_cache_salt=cache_salt,
+    )
     with listen(host, port) as bound:
-        made = app.Sidecar(relay)
+        tokens = service.load_tokens(tokenizer)
+        made = app.Sidecar(relay, speed, tokens=tokens)
         address, place = bound.getsockname()[:2]
         printing.note(f"relaying http://{address}:{place} to {made.upstream.base}")
         launch.run(made, bound, drain_s=drain)
 
 
-def _modules() -> tuple[Any, Any, Any]:
+def _key_of(variable: str | None) -> str | None:
+    """The value of an environment variable; a key on the command line would be for all to see."""
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise ConfigError(f"--probe-key-env must name an environment variable that is set, got {variable!r}")
+    return key
+
+
+def _modules() -> tuple[Any, Any, Any, Any]:
     try:
-        from specdec.server.sidecar import app, launch, options
+        from specdec.server.sidecar import app, launch, options, service
     except ImportError as error:
         raise UnsupportedError(
             f"the sidecar needs the extra `server` (pip install 'specdec-toolkit[server]'): {error}"
         ) from error
-    return options, app, launch
+    return options, app, launch, service

@@ -95,9 +95,10 @@ async def upstream(script: Script) -> AsyncIterator[Scripted]:
                 if not work.done():
                     made.dropped += 1
                     work.cancel()
-                    return
                 gone.cancel()
                 await asyncio.gather(gone, return_exceptions=True)
+                if work.cancelling():
+                    return
                 work.result()
                 if writer.is_closing():
                     return

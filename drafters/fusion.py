@@ -106,7 +106,11 @@ class FusedDrafter:
         wanted = {drafter.needs.hidden_layers for _, drafter in sources if drafter.needs.hidden_layers}
         if len(wanted) > 1:
             raise ConfigError(f"fused drafters must read the same hidden states, got {sorted(wanted)}")
-        self.needs = DrafterNeeds(hidden_layers=next(iter(wanted), ()), needs_match=True)
+        self.needs = DrafterNeeds(
+            hidden_layers=next(iter(wanted), ()),
+            needs_match=True,
+            num_successors=max(drafter.needs.num_successors for _, drafter in sources),
+        )
         self.costs = costs or CostModel()
         self.acceptance = AcceptanceModel(len(names))
         self._sources = [_Source(name, drafter) for name, drafter in sources]

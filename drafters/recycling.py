@@ -3,7 +3,8 @@
 Source: Token Recycling (Luo et al. 2024, 2408.08696). A matrix holds, for every token, the eight likeliest tokens after
 it, taken from the logits of every tree node that was verified, accepted or not. A fixed template of 80 nodes is filled
 from it. Differences: updates are deterministic (accepted rows are written after rejected ones), rows start from the
-prompt's own successors, and a smaller budget takes the nodes with the best measured acceptance instead of the first.
+prompt (what follows each token in it, and once it has been read the target's own likeliest successors there), and a
+smaller budget takes the nodes with the best measured acceptance instead of the first.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class RecyclingDrafter:
     """
 
     def __init__(self, *, store: RetrievalStore | None = None) -> None:
-        self.needs = DrafterNeeds()
+        self.needs = DrafterNeeds(num_successors=TEMPLATE.width)
         self.store = store or RetrievalStore()
         # And the pending draft: template nodes, tokens, parents. What is verified may be a part of it, or fused.
         self._live: dict[str, tuple[SuccessorTable, tuple[IntArray, IntArray, IntArray] | None]] = {}
@@ -66,6 +67,8 @@ class RecyclingDrafter:
             successors = torch.topk(logits.float(), width, dim=-1).indices.cpu().numpy().astype(np.int32)
             accepted = event.result.accepted_nodes.tolist()
             with self.store.lock:
+                for found in event.state.successors:
+                    table.seed_logits(found.token_ids, found.next_ids, event.state.request_id)
                 table.update(event.tree.token_ids, event.tree.depths(), accepted, successors, event.state.request_id)
                 if draft is not None:
                     nodes, tokens, parents = draft

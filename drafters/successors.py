@@ -111,11 +111,11 @@ class SuccessorTable:
         self.owners[heads] = owner
 
     def seed_logits(self, token_ids: IntArray, successors: IntArray, request_id: str) -> None:
-        """Write rows from prompt logits, for targets that compute them.
+        """Write rows from prompt logits; where a token occurs twice the later place wins.
 
         Args:
-            token_ids: [P] int32 prompt tokens.
-            successors: [P, width] int32: the likeliest tokens after each, best first.
+            token_ids: [D] int32 prompt tokens, at least one.
+            successors: [D, k] int32: the likeliest tokens after each, best first; k at most the width of a row.
             request_id: whose prompt it is.
         """
         self.update(token_ids, np.arange(len(token_ids), dtype=np.int32), [], successors, request_id)

@@ -125,6 +125,7 @@ class RoutedDrafter:
         self.needs = DrafterNeeds(
             hidden_layers=tuple(sorted({layer for need in needs for layer in need.hidden_layers})),
             needs_match=any(need.needs_match for need in needs),
+            num_successors=max((need.num_successors for need in needs), default=0),
         )
 
     def start(self, states: Sequence[RequestState]) -> None:

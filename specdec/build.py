@@ -181,6 +181,7 @@ def build_target(
     *,
     route: Route | None = None,
     hidden_layers: tuple[int, ...] = (),
+    num_successors: int = 0,
 ) -> TargetModel:
     """The target for ``model`` on the best path that it can take.
 
@@ -189,6 +190,8 @@ def build_target(
         config: limits.
         route: what ``choose_route`` found before; None: it is asked now.
         hidden_layers: whose states a drafter reads; only the tree path gives them.
+        num_successors: likeliest next tokens that a drafter reads after each prompt token; likewise, but the other
+            paths serve without.
 
     Raises:
         UnsupportedError: no path can serve this model, or not with hidden states.
@@ -219,6 +222,7 @@ def build_target(
         is_strict=config.numerics == "strict",
         hidden_layers=hidden_layers,
         keeps_prefixes=config.prefix_cache,
+        num_successors=num_successors,
     )
 
 
@@ -316,7 +320,10 @@ def build_engine(
         unpack_linears(model, holder)
 
     try:
-        target = build_target(model, config, route=route, hidden_layers=guesser.needs.hidden_layers)
+        needs = guesser.needs
+        target = build_target(
+            model, config, route=route, hidden_layers=needs.hidden_layers, num_successors=needs.num_successors
+        )
         if config.numerics == "strict":
             pack_linears(model, holder, strict=True)
             require_same_bits(target)

@@ -195,6 +195,8 @@ class Engine:
         observers: tuple[Controller | Drafter | Observer, ...] = (self.controller, self.drafter, *self.observers)
         for observer in observers:
             observer.observe(events)
+        for chunk in decoding:
+            chunk.state.successors = []
 
     def _propose(self, parts: Sequence[Part]) -> dict[str, DraftTree]:
         states = [part.state for part in parts if part.decodes]
@@ -273,6 +275,9 @@ class Engine:
         for chunk, nodes in zip(chunks, kept, strict=True):
             chunk.state.num_cached += len(chunk.prefix_ids) + len(nodes)
         _hand_on_hidden(chunks, kept, output)
+        for chunk, found in zip(chunks, output.successors, strict=False):  # none at all, or one for each chunk
+            if len(found.token_ids):
+                chunk.state.successors.append(found)
         for chunk, result, (ids, reason) in zip(decoding, results, emitted, strict=True):
             state = chunk.state
             self.verifier.commit(state, ids)

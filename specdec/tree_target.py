@@ -22,7 +22,7 @@ from specdec.errors import ConfigError, InternalError
 from specdec.kv_cache import CallShape, GroupKey, Keep, KVPool
 from specdec.prefix_cache import PrefixCache
 from specdec.query_layout import QueryLayout
-from specdec.types import Chunk, HiddenStates, IntArray, RequestState, TargetOutput
+from specdec.types import Chunk, HiddenStates, IntArray, RequestState, Successors, TargetOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,6 +59,7 @@ class TreeTarget:
         hidden_layers: whose states drafters read, as indices into ``output_hidden_states``; all different.
         keeps_prefixes: K/V of finished requests serves later ones that begin alike; not where drafters read states,
             which they need of every token.
+        num_successors: likeliest next tokens that drafters read after prefix tokens; 0: none, and none are scored.
 
     Raises:
         ConfigError: a size is below 1, or the model is in training mode.
@@ -79,6 +80,7 @@ class TreeTarget:
         is_strict: bool = False,
         hidden_layers: tuple[int, ...] = (),
         keeps_prefixes: bool = False,
+        num_successors: int = 0,
     ) -> None:
         if model.training:
             raise ConfigError("the model must be in evaluation mode: call model.eval() first, or dropout would act")
@@ -96,6 +98,7 @@ class TreeTarget:
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self.max_length = max_length
         self.hidden_layers = tuple(dict.fromkeys(hidden_layers))
+        self.num_successors = min(num_successors, self.vocab_size)
         self.device = model.device
         self.dtype = _kv_dtype(model)
         self.pool = KVPool(
@@ -156,10 +159,26 @@ class TreeTarget:
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> TargetOutput:
         batch = _flatten(chunks)
-        logits, hidden = self.run(batch.layouts, batch.input_ids, batch.positions, batch.tree_rows)
+        is_asked = self.num_successors > 0 and any(len(chunk.prefix_ids) for chunk in chunks)
+        places = _last_places(chunks) if is_asked else []
+        rows = np.concatenate([batch.tree_rows, *places]) if places else batch.tree_rows
+        logits, hidden = self.run(batch.layouts, batch.input_ids, batch.positions, rows)
+        successors = self._successors(batch.input_ids, places, logits[len(batch.tree_rows) :])
+        logits = logits[: len(batch.tree_rows)]
         if hidden is None:
-            return TargetOutput(logits, batch.cu_nodes)
-        return TargetOutput(logits, batch.cu_nodes, HiddenStates(self.hidden_layers, hidden), batch.tree_rows)
+            return TargetOutput(logits, batch.cu_nodes, successors=successors)
+        states = HiddenStates(self.hidden_layers, hidden)
+        return TargetOutput(logits, batch.cu_nodes, states, batch.tree_rows, successors)
+
+    def _successors(
+        self, input_ids: npt.NDArray[np.int64], places: Sequence[npt.NDArray[np.int64]], logits: torch.Tensor
+    ) -> list[Successors]:
+        """Of each chunk the likeliest next tokens at its ``places`` in the flat row, whose ``logits`` lie in order."""
+        if len(logits) == 0:
+            return []
+        next_ids = torch.topk(logits, self.num_successors, dim=-1).indices.cpu().numpy().astype(np.int32)
+        parts = np.split(next_ids, np.cumsum([len(rows) for rows in places])[:-1])
+        return [Successors(input_ids[rows].astype(np.int32), part) for rows, part in zip(places, parts, strict=True)]
 
     @torch.inference_mode()
     def run(
@@ -228,6 +247,17 @@ class TreeTarget:
         finally:
             for config, implementation in zip(self._configs, before, strict=True):
                 config._attn_implementation_internal = implementation
+
+
+def _last_places(chunks: Sequence[Chunk]) -> list[npt.NDArray[np.int64]]:
+    """Where in the flat row each different token of a chunk's prefix stands last."""
+    places, start = [], 0
+    for chunk in chunks:
+        backwards = chunk.prefix_ids[::-1]
+        _, first = np.unique(backwards, return_index=True)
+        places.append(start + len(backwards) - 1 - first.astype(np.int64))
+        start += chunk.num_tokens
+    return places
 
 
 def _kv_dtype(model: PreTrainedModel) -> torch.dtype:

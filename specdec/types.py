@@ -43,6 +43,7 @@ __all__ = [
     "SamplingParams",
     "StepEvent",
     "StepTrace",
+    "Successors",
     "TargetOutput",
     "VerifyResult",
 ]
@@ -166,7 +167,8 @@ class RequestState:
     ``num_cached <= num_tokens - 1``.
 
     ``hidden`` are the target's states at the last n cached tokens: all that were cached since the last ``propose``.
-    None where no drafter asked for states, and before the first token is cached.
+    None where no drafter asked for states, and before the first token is cached. ``successors`` are what the target
+    found likely after the prefix tokens of the steps since the last one that was observed.
     """
 
     __slots__ = (
@@ -181,6 +183,7 @@ class RequestState:
         "num_recalled",
         "num_steps",
         "num_tokens",
+        "successors",
         "request",
     )
 
@@ -192,6 +195,7 @@ class RequestState:
         self._buffer[: self.num_tokens] = request.prompt_ids
         self.num_cached = 0
         self.hidden: HiddenStates | None = None
+        self.successors: list[Successors] = []
         self.finish_reason: FinishReason | None = None
         self.num_steps = 0  # steps that could emit: prefill chunks are not counted
         self.num_drafted = 0
@@ -295,6 +299,19 @@ class HiddenStates:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Successors:
+    """What the target finds likeliest after each different token of a chunk's prefix, where it stands last.
+
+    Args:
+        token_ids: [D] int32, all different.
+        next_ids: [D, k] int32: the k likeliest next tokens after each, best first.
+    """
+
+    token_ids: IntArray
+    next_ids: IntArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class TargetOutput:
     """The target's answer for the trees of one step, in the order of the chunks that had a tree.
 
@@ -303,12 +320,14 @@ class TargetOutput:
         cu_nodes: [R + 1] int32 with a leading zero.
         hidden: states at all Q query tokens of the step: chunk after chunk, prefix before tree. None: nobody asked.
         node_rows: [T] int64: the row of ``hidden`` that belongs to each row of ``logits``; None without ``hidden``.
+        successors: one for each chunk, with a tree or not; empty if nobody asked.
     """
 
     logits: torch.Tensor
     cu_nodes: IntArray
     hidden: HiddenStates | None = None
     node_rows: npt.NDArray[np.int64] | None = None
+    successors: Sequence[Successors] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

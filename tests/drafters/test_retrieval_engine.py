@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
 from specdec.build import build_engine
 from specdec.controller import FixedController
@@ -108,3 +109,40 @@ def test_recycled_tokens_are_accepted():
     while engine.has_work:
         engine.step()
     assert state.num_steps < 40
+
+
+@pytest.mark.parametrize("max_prefill_tokens", [7, 512])
+def test_recycling_starts_from_what_the_target_finds_likely_in_the_prompt(max_prefill_tokens):
+    model, drafter = tiny_llama(), RecyclingDrafter()
+    prompt = np.random.default_rng(1).integers(0, 30, 40).astype(np.int32)
+    engine = build_engine(model, drafter, budget=0, max_prefill_tokens=max_prefill_tokens)
+    state = engine.submit(Request("r", prompt, SamplingParams(max_new_tokens=2)))
+    while state.num_steps == 0:
+        engine.step()
+    with torch.no_grad():
+        likeliest = model(torch.from_numpy(prompt).long()[None]).logits[0].topk(8).indices.numpy()
+    last_place = {token: place for place, token in enumerate(prompt.tolist())}  # the root's row comes from its tree
+    rows = drafter.store.successors("").rows
+    assert {token: rows[token].tolist() for token in last_place} == {
+        token: likeliest[place].tolist() for token, place in last_place.items()
+    }
+    assert state.successors == []
+
+
+def test_prompts_are_scored_only_for_drafters_that_ask():
+    engine = build_engine(tiny_llama(), "suffix", budget=4)
+    state = engine.submit(Request("r", np.arange(9, dtype=np.int32), SamplingParams(max_new_tokens=3)))
+    seen: list[int] = []
+    target, forward = engine.target, engine.target.forward
+
+    def watching(chunks):
+        output = forward(chunks)
+        seen.append(len(output.logits) - sum(len(chunk.tree) for chunk in chunks if chunk.tree is not None))
+        assert len(output.successors) == 0
+        return output
+
+    target.forward = watching  # type: ignore[method-assign]
+    while engine.has_work:
+        engine.step()
+    assert set(seen) == {0}
+    assert state.successors == []

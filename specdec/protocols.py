@@ -27,7 +27,8 @@ class DrafterNeeds:
         needs_match: its choices depend on drawn tokens, so only the match rule is lossless with it.
         draws: it fills ``DraftTree.draft_probs`` and draws from them like this; None: it states no laws, so that the
             rejection rules cannot judge it.
-        num_successors: how many likeliest next tokens it reads after each prompt token (``RequestState.successors``).
+        num_successors: how many likeliest next tokens it reads after each prompt token that is not found in a cache of
+            prefixes (``RequestState.successors``).
             Only targets of the tree path give them; the others give none.
     """
 

@@ -75,7 +75,7 @@ class Features:
 
     Args:
         start: position of the first row of ``aux_hidden``.
-        layers: whose states these are, as in ``specdec.types.HiddenStates``.
+        layers: whose states these are, as in ``specdec.readings.HiddenStates``.
         tensors: ``aux_hidden`` [n, layers * E] bfloat16: states at the tokens from ``start`` on; where ``layers`` holds
             the last one, the law is the target's ``lm_head`` on it. ``rejected_nodes`` [D, 2] int32: (round, node) of
             draft tokens that were not accepted; ``rejected_top_ids`` [D, k] int32 and ``rejected_top_logprobs`` [D, k]

@@ -15,13 +15,13 @@ import torch
 from specdec.config import EngineConfig
 from specdec.errors import InternalError, RequestError, UnsupportedError
 from specdec.protocols import Controller, Drafter, Observer, TargetModel, Verifier
+from specdec.readings import HiddenStates
 from specdec.scheduler import Part, Scheduler
 from specdec.stopping import StopChecker
 from specdec.types import (
     Chunk,
     DraftTree,
     FinishReason,
-    HiddenStates,
     IntArray,
     Request,
     RequestOutput,

@@ -22,7 +22,8 @@ from specdec.errors import ConfigError, InternalError
 from specdec.kv_cache import CallShape, GroupKey, Keep, KVPool
 from specdec.prefix_cache import PrefixCache
 from specdec.query_layout import QueryLayout
-from specdec.types import Chunk, HiddenStates, IntArray, RequestState, Successors, TargetOutput
+from specdec.readings import HiddenStates, Successors
+from specdec.types import Chunk, IntArray, RequestState, TargetOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from specdec.errors import InternalError, RequestError
+from specdec.errors import RequestError
+from specdec.readings import HiddenStates, Successors
 from specdec.tree import DraftTree, IntArray
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ __all__ = [
     "SamplingParams",
     "StepEvent",
     "StepTrace",
-    "Successors",
     "TargetOutput",
     "VerifyResult",
 ]
@@ -260,55 +260,6 @@ class Chunk:
     def num_tokens(self) -> int:
         """Query tokens of this chunk: prefix and tree."""
         return len(self.prefix_ids) + (len(self.tree) if self.tree is not None else 0)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class HiddenStates:
-    """States of some of the target's layers at n tokens. Several drafters may have asked; each takes its own by name.
-
-    Args:
-        layers: L indices into ``output_hidden_states``, all different: 0 is the embedding, i what layer i - 1 put out,
-            the last one is normed, as the head reads it.
-        rows: [n, L * E] in the model's dtype: the layers side by side, in the order of ``layers``.
-    """
-
-    layers: tuple[int, ...]
-    rows: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def of(self, layers: Sequence[int]) -> torch.Tensor:
-        """[n, len(layers) * E]: the states of these layers, side by side.
-
-        Raises:
-            InternalError: nobody asked for one of them.
-        """
-        if tuple(layers) == self.layers:
-            return self.rows
-        missing = sorted(set(layers) - set(self.layers))
-        if missing:
-            raise InternalError(f"states {missing} are read, but only {list(self.layers)} were asked for")
-        by_layer: torch.Tensor = self.rows.unflatten(-1, (len(self.layers), -1))  # [n, L, E]
-        chosen: torch.Tensor = by_layer[:, [self.layers.index(layer) for layer in layers]].flatten(1)
-        return chosen
-
-    def at(self, places: Sequence[int]) -> HiddenStates:
-        """The states at some of the tokens."""
-        return HiddenStates(self.layers, self.rows[list(places)])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Successors:
-    """What the target finds likeliest after each different token of a chunk's prefix, where it stands last.
-
-    Args:
-        token_ids: [D] int32, all different.
-        next_ids: [D, k] int32: the k likeliest next tokens after each, best first.
-    """
-
-    token_ids: IntArray
-    next_ids: IntArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,7 +17,7 @@ PACKAGES = ("specdec", "drafters", "suffix_tree", "verifier", "kernels", "online
 
 LAYERS = [
     "specdec.errors specdec.threads specdec.philox specdec.rng specdec.suffix_tree.* specdec.kernels.*",
-    "specdec.tree specdec.types",
+    "specdec.tree specdec.readings specdec.types",
     "specdec.protocols specdec.config specdec.sampling specdec.processors.* specdec.stopping specdec.rope specdec.text"
     " specdec.cost_model specdec.cost_measure specdec.controller_floor specdec.step_budget",
     "specdec.verifier.* specdec.drafters.* specdec.mask_laws specdec.probe specdec.kv_slots specdec.kv_cache"

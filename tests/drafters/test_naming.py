@@ -15,8 +15,9 @@ from specdec.build import DRAFTER_KINDS, build_engine, load_drafter
 from specdec.check import CheckOptions, check_model
 from specdec.drafters.eagle import EagleDrafter
 from specdec.errors import ConfigError, InternalError, LoadError
+from specdec.readings import HiddenStates
 from specdec.server.launch import ServerOptions, build_service
-from specdec.types import Chunk, DraftTree, HiddenStates, Request, RequestState, SamplingParams
+from specdec.types import Chunk, DraftTree, Request, RequestState, SamplingParams
 from tests.drafters.eagle_checkpoints import eagle_target, write
 from tests.server.live import running, tokenizer
 from tests.tiny_models import byte_tokenizer, save_tiny_llama

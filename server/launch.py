@@ -16,11 +16,12 @@ from specdec.build import build_engine, compile_ahead, load_drafter
 from specdec.controller import BackoffController, FixedController
 from specdec.drafters.checkpoint import short_name
 from specdec.protocols import Controller
-from specdec.server.app import Service, ServiceOptions, create_app
+from specdec.server.app import create_app
 from specdec.server.keys import Keyring
 from specdec.server.listening import listen
 from specdec.server.metrics import ServerMetrics
 from specdec.server.prompts import Serving
+from specdec.server.service import Service, ServiceOptions
 from specdec.server.speculation import CappedController, Choices, RoutedDrafter
 from specdec.server.tracing import NoTracer, otlp_tracer
 from specdec.server.watch import StepWatcher

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
 
 from specdec.errors import UnsupportedError
-from specdec.server.app import Service, create_app
+from specdec.server.app import create_app
+from specdec.server.service import Service
 
 __all__ = ["deployment"]
 
@@ -31,7 +33,7 @@ def deployment(
         UnsupportedError: the extra ``ray`` is not installed.
     """
     try:
-        from ray import serve
+        serve: Any = importlib.import_module("ray.serve")  # untyped, and installed by few
     except ImportError as error:
         raise UnsupportedError(f"this needs the extra `ray` (pip install 'specdec-toolkit[ray]'): {error}") from error
 
@@ -48,4 +50,5 @@ def deployment(
     class Replica:
         pass
 
-    return Replica.bind()
+    bound: Any = Replica
+    return bound.bind()

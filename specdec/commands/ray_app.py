@@ -12,7 +12,7 @@ from specdec.commands.loading import DTypeName, load_model
 from specdec.errors import ConfigError
 
 if TYPE_CHECKING:
-    from specdec.server.app import Service
+    from specdec.server.service import Service
 
 __all__ = ["RayArguments", "app"]
 

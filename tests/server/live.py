@@ -12,9 +12,10 @@ from typing import Any
 import httpx
 import uvicorn
 
-from specdec.server.app import Service, ServiceOptions, create_app
+from specdec.server.app import create_app
 from specdec.server.keys import Keyring
 from specdec.server.launch import ServerOptions, build_service, listen
+from specdec.server.service import Service, ServiceOptions
 from tests.tiny_models import byte_tokenizer, tiny_llama
 
 TEMPLATE = (

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from specdec.bench.measure import write_json
-from specdec.kernels import distillation, kv_commit, top_k, tree_attention, verify
+from specdec.kernels import distillation, kv_commit, top_k, tree_attention, tree_attention_triton, verify
 
 __all__ = ["ARCHITECTURES", "Usage", "Variant", "build", "main", "variants"]
 
@@ -69,8 +69,9 @@ def variants() -> list[Variant]:
 
 
 def _attention() -> Iterator[Variant]:
-    kernel = tree_attention._attend
-    cases: list[tuple[str, torch.dtype, int, int, int, dict[str, bool]]] = [
+    kernel = tree_attention_triton.attend
+    strict = tree_attention._STRICT_SPLIT
+    cases: list[tuple[str, torch.dtype, int, int, int, dict[str, Any]]] = [
         ("bf16, 4 x 128", torch.bfloat16, 4, 128, 128, {}),
         ("fp16, 4 x 128", torch.float16, 4, 128, 128, {}),
         ("bf16, 7 x 64", torch.bfloat16, 7, 64, 64, {}),
@@ -82,19 +83,25 @@ def _attention() -> Iterator[Variant]:
         ("bf16, 4 x 128, soft-cap, window", torch.bfloat16, 4, 128, 128, {"CAP": True, "WINDOW": True}),
         ("bf16, 8 x 64, sinks, window", torch.bfloat16, 8, 64, 64, {"SINK": True, "WINDOW": True}),
         ("fp32, 4 x 64", torch.float32, 4, 64, 64, {}),
+        ("bf16, 4 x 128, large trees", torch.bfloat16, 4, 128, 128, {"queries": 64}),
+        ("bf16, 7 x 64, large trees, window", torch.bfloat16, 7, 64, 64, {"queries": 64, "WINDOW": True}),
+        ("bf16, 4 x 128, strict", torch.bfloat16, 4, 128, 128, {"SPLIT_KEYS": strict}),
+        ("bf16, 4 x 128, strict, window", torch.bfloat16, 4, 128, 128, {"SPLIT_KEYS": strict, "WINDOW": True}),
+        ("fp32, 4 x 64, strict", torch.float32, 4, 64, 64, {"SPLIT_KEYS": strict}),
     ]
     for name, dtype, groups, width, value_width, flags in cases:
-        shape = tree_attention._tiling(groups, width, value_width, dtype)
+        shape = tree_attention._tiling(groups, width, value_width, dtype, flags.pop("queries", 1))
         options = {key: shape.pop(key) for key in ("num_warps", "num_stages")}
-        constants = {**dict.fromkeys(("WINDOW", "CHUNK", "CAP", "SINK"), False), **shape, "SPLITS": 8, **flags}
+        defaults = {"RB": 8, "SPLIT_KEYS": 0, **dict.fromkeys(("WINDOW", "CHUNK", "CAP", "SINK"), False)}
+        constants = {**defaults, **shape, **flags}
         pointers = dict.fromkeys(("Q", "K", "V"), "*" + _SHORT[dtype])
         types = _types(kernel, constants, {**pointers, **dict.fromkeys(("Part", "Stats", "Sinks"), "*fp32")})
         yield Variant(
             f"tree attention, {name}", kernel, {**types, "scale": "fp32", "softcap": "fp32"}, constants, options
         )
-    constants = {"SPLITS": 8, "BS": 8, "DV": 128, "BDV": 128}
-    types = _types(tree_attention._merge, constants, {"Part": "*fp32", "Stats": "*fp32", "Out": "*bf16"})
-    yield Variant("tree attention, merge", tree_attention._merge, types, constants, {"num_warps": 1})
+    merge, constants = tree_attention_triton.merge, {"DV": 128, "BDV": 128}
+    types = _types(merge, constants, {"Part": "*fp32", "Stats": "*fp32", "Out": "*bf16"})
+    yield Variant("tree attention, merge", merge, types, constants, {"num_warps": 1})
 
 
 def _others() -> Iterator[Variant]:

@@ -6,6 +6,8 @@ of the torch reference in the same precision, plus ``ATOL``, a few roundings of 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -25,43 +27,65 @@ from tests.oracles import random_tree
 ATOL = {torch.float32: 2e-6, torch.float16: 2e-3}
 
 
-def make_batch(sizes, contexts, *, num_slots: int, firsts=None, seed: int = 0) -> TreeBatch:
-    """Random trees behind contexts whose slots are scattered; slots beyond a request's keys point outside the cache."""
+def make_batch(sizes, contexts, *, num_slots: int, firsts=None, earlier=None, fillers: int = 0, seed: int = 0):
+    """Random trees behind contexts whose slots are scattered; all other slots of the table point outside the cache.
+
+    ``earlier`` of each request's tree keys are no queries any more; ``fillers`` are tokens and requests of nobody.
+    """
     rng = np.random.default_rng(seed)
-    matrices, positions = [], []
-    firsts = firsts or [0] * len(sizes)
-    for size, context, first in zip(sizes, contexts, firsts, strict=True):
-        matrix, depth = np.eye(size, dtype=np.bool_), np.zeros(size, dtype=np.int32)
-        for node in range(1, size):
+    matrices, positions, paths = [], [], []
+    firsts, earlier = firsts or [0] * len(sizes), earlier or [0] * len(sizes)
+    free = rng.permutation(num_slots)
+    num_columns = max(map(sum, zip(sizes, contexts, earlier, strict=True))) + 3
+    slots = np.full((len(sizes) + 2, num_columns), 2**30, dtype=np.int32)
+    rows = rng.permutation(len(slots))[: len(sizes)]
+    for row, size, context, first, old in zip(rows, sizes, contexts, firsts, earlier, strict=True):
+        matrix, depth = np.eye(size + old, dtype=np.bool_), np.zeros(size + old, dtype=np.int32)
+        for node in range(1, size + old):
             parent = int(rng.integers(max(0, node - 6), node))
             matrix[node] |= matrix[parent]
             depth[node] = depth[parent] + 1
-        matrices.append(matrix)
-        positions.append(first + context + depth)
-    free = rng.permutation(num_slots)
-    longest = max(size + context for size, context in zip(sizes, contexts, strict=True)) + 3
-    slots = np.full((len(sizes), longest), 2**30, dtype=np.int32)
-    for row, (size, context) in enumerate(zip(sizes, contexts, strict=True)):
-        slots[row, : size + context], free = free[: size + context], free[size + context :]
-    as_tensor = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
+        matrices.append(matrix[old:])
+        positions.append(context + depth)
+        paths += [np.flatnonzero(line) for line in matrix[old:]]
+        count = context + size + old - first
+        slots[row, first : first + count], free = free[:count], free[count:]
+    keys = [size + old for size, old in zip(sizes, earlier, strict=True)]
+    table = np.zeros((sum(sizes) + fillers, max(map(len, paths))), dtype=np.int32)
+    for line, path in zip(table, paths, strict=False):
+        line[: len(path)] = path
+    words = ancestor_words(matrices)
+    as_tensor = lambda values: torch.tensor(np.concatenate([values, np.zeros(fillers)]), dtype=torch.int32)  # noqa: E731
+    cumulate = lambda counts: as_tensor([0, *np.cumsum(counts)]) + (  # noqa: E731
+        torch.arange(len(counts) + 1 + fillers) > len(counts)
+    ).int() * sum(counts)
     return TreeBatch(
-        cu_queries=as_tensor([0, *np.cumsum(sizes).tolist()]),
+        cu_queries=cumulate(sizes),
+        cu_keys=cumulate(keys),
         contexts=as_tensor(contexts),
         firsts=as_tensor(firsts),
+        rows=as_tensor(rows),
         slots=torch.from_numpy(slots),
-        positions=torch.from_numpy(np.concatenate(positions).astype(np.int32)),
-        ancestors=ancestor_words(matrices),
-        lengths=tuple(zip(sizes, contexts, strict=True)),
+        positions=as_tensor(np.concatenate(positions)),
+        ancestors=torch.from_numpy(np.concatenate([words, np.zeros((fillers, words.shape[1]), dtype=np.int32)])),
+        max_columns=num_columns,
+        paths=torch.from_numpy(table),
     )
 
 
-# dtype, (Hq, Hkv, D, Dv), rules, sinks, sizes, contexts, first cached positions
+def used_slots(batch: TreeBatch) -> torch.Tensor:
+    """Every slot that a request of the batch owns."""
+    spans = zip(batch.sizes(), batch.rows.tolist(), strict=True)
+    return torch.cat([batch.slots[row, first : context + keys] for (n, keys, first, context), row in spans if n]).long()
+
+
+# dtype, (Hq, Hkv, D, Dv), rules, sinks, sizes, contexts, first cached positions; then more of make_batch
 ATTENTION = {
     "one node": (torch.float32, (4, 2, 64, 64), {}, False, [1], [0], None),
     "one block and one": (torch.float32, (8, 2, 64, 64), {}, False, [1, 33], [32, 64], None),
     "seven heads per KV head": (torch.float32, (14, 2, 64, 64), {}, False, [3, 20], [40, 3], None),
     "window smaller than the tree": (torch.float32, (8, 8, 80, 80), {"window": 5}, False, [9, 40], [90, 3], None),
-    "window that forgot": (torch.float32, (4, 2, 32, 32), {"window": 9}, False, [6, 12], [20, 9], [37, 0]),
+    "window that forgot": (torch.float32, (4, 2, 32, 32), {"window": 9}, False, [6, 12], [57, 9], [37, 0]),
     "chunks": (torch.float32, (4, 2, 32, 32), {"chunk": 8}, False, [9, 30], [21, 3], None),
     "soft-cap": (torch.float32, (8, 1, 32, 32), {"softcap": 3.0, "window": 7}, False, [12, 40], [50, 3], None),
     "sinks": (torch.float32, (8, 4, 64, 64), {"window": 16}, True, [12, 4], [50, 3], None),
@@ -69,28 +93,59 @@ ATTENTION = {
     "wide heads": (torch.float32, (2, 1, 256, 256), {}, False, [5], [40], None),
     "half precision": (torch.float16, (8, 2, 128, 128), {}, False, [1, 33], [70, 30], None),
     "a large tree": (torch.float16, (4, 2, 64, 64), {}, False, [200], [65], None),
+    "grown by levels": (torch.float32, (4, 2, 32, 32), {"window": 6}, False, [6, 3], [20, 9], None, [5, 40]),
+    "fillers": (torch.float32, (4, 2, 32, 32), {}, True, [6, 1, 3], [20, 0, 64], None, None, 7),
 }
 
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_tree_attention_is_as_near_to_float64_as_torch(name):
-    dtype, (num_heads, num_kv, width, value_width), rules, has_sinks, sizes, contexts, firsts = ATTENTION[name]
+    dtype, (num_heads, num_kv, width, value_width), rules, has_sinks, sizes, contexts, firsts, *more = ATTENTION[name]
     kind = AttentionKind(scale=width**-0.5, **rules)
-    batch = make_batch(sizes, contexts, num_slots=400, firsts=firsts)
+    extra = dict(zip(("earlier", "fillers"), more, strict=False))
+    batch = make_batch(sizes, contexts, num_slots=400, firsts=firsts, **extra)
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(sum(sizes), num_heads, width, generator=generator).to(dtype)
+    query = torch.randn(batch.num_queries, num_heads, width, generator=generator).to(dtype)
     keys, values = (torch.randn(400, num_kv, w, generator=generator).to(dtype) for w in (width, value_width))
-    used = torch.cat([batch.slots[r, : sum(pair)] for r, pair in enumerate(batch.lengths)]).long()
-    unused = torch.ones(400, dtype=torch.bool).index_fill_(0, used, False)
+    unused = torch.ones(400, dtype=torch.bool).index_fill_(0, used_slots(batch), False)
     keys[unused], values[unused] = float("nan"), float("nan")  # a slot of nobody's must never be read
     sinks = torch.randn(num_heads, generator=generator) if has_sinks else None
     exact = tree_attention_reference(
         query.double(), keys.double(), values.double(), batch, kind, None if sinks is None else sinks.double()
     )
-    for num_splits in (1, 3):
-        got = tree_attention(query, keys, values, batch, kind, sinks=sinks, num_splits=num_splits, backend="triton")
-        torch_error = (tree_attention_reference(query, keys, values, batch, kind, sinks).double() - exact).abs().max()
-        assert (got.double() - exact).abs().max() <= 2 * torch_error + ATOL[dtype]
+    torch_error = (tree_attention_reference(query, keys, values, batch, kind, sinks).double() - exact).abs().max()
+    for options in ({"num_splits": 3}, {"is_strict": True}):
+        got = tree_attention(query, keys, values, batch, kind, sinks=sinks, backend="triton", **options)
+        assert (got.double() - exact).abs().max() <= 2 * torch_error + ATOL[dtype], options
+        assert not got[sum(sizes) :].any(), "tokens of nobody are zero"
+
+
+@pytest.mark.parametrize("rules", [{}, {"window": 21}, {"chunk": 16}], ids=["full", "window", "chunks"])
+def test_strict_attention_gives_a_path_the_bits_that_it_has_alone(rules, fixed_order_products):
+    kind = AttentionKind(scale=0.2, **rules)
+    batch = make_batch([25, 3], [60, 9], num_slots=200, seed=3)
+    generator = torch.Generator().manual_seed(2)
+    query, keys, values = (torch.randn(n, h, 32, generator=generator) for n, h in ((28, 6), (200, 2), (200, 2)))
+    drafted = tree_attention(query, keys, values, batch, kind, is_strict=True, backend="triton")
+    usual = tree_attention(query, keys, values, batch, kind, backend="triton")
+    differs = False
+    for node in range(0, 25, 4):
+        path = np.flatnonzero([(int(batch.ancestors[node, 0]) >> i) & 1 for i in range(25)])
+        row = int(batch.rows[0])
+        slots = torch.cat([batch.slots[row, :60], batch.slots[row, 60 + path]])[None]
+        # As if the path before the node had been committed, its K and V in other slots.
+        order = torch.randperm(200, generator=generator)
+        place = torch.empty(200, dtype=torch.int64).index_copy_(0, order, torch.arange(200))
+        one = lambda *numbers: torch.tensor(numbers, dtype=torch.int32)  # noqa: E731
+        context = 60 + len(path) - 1
+        alone = TreeBatch(
+            one(0, 1), one(0, 1), one(context), one(0), one(0), place[slots.long()].int(), one(context),
+            one(1)[None], context + 1, one(0)[None],
+        )  # fmt: skip
+        arguments = (query[node : node + 1], keys[order], values[order], alone, kind)
+        assert torch.equal(tree_attention(*arguments, is_strict=True, backend="triton")[0], drafted[node])
+        differs |= not torch.equal(tree_attention(*arguments, backend="triton")[0], usual[node])
+    assert differs, "the default mode has no such bits, so the comparison above can fail"
 
 
 def test_the_float64_definition_is_a_softmax_over_each_path():
@@ -100,7 +155,7 @@ def test_the_float64_definition_is_a_softmax_over_each_path():
     out = tree_attention_reference(query, keys, values, batch, AttentionKind(scale=0.3))
     for node in range(7):
         path = [i for i in range(7) if (int(batch.ancestors[node, 0]) >> i) & 1]
-        slots = batch.slots[0, [*range(5), *(5 + i for i in path)]].long()
+        slots = batch.slots[int(batch.rows[0]), [*range(5), *(5 + i for i in path)]].long()
         weights = torch.einsum("hd,nhd->hn", query[node], keys[slots]).mul(0.3).softmax(-1)
         torch.testing.assert_close(out[node], torch.einsum("hn,nhd->hd", weights, values[slots]))
 
@@ -122,9 +177,19 @@ def test_what_attention_would_read_wrongly_is_refused():
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             tree_attention(*arguments, backend="triton")
-    with pytest.raises(ValueError, match=r"ancestors must be int32 of shape \(3, 1\)"):
-        TreeBatch(batch.cu_queries, batch.contexts, batch.firsts, batch.slots, batch.positions,
-                  batch.ancestors.repeat(1, 2), batch.lengths)  # fmt: skip
+    with pytest.raises(ValueError, match=r"strict attention needs the batch's paths"):
+        tree_attention(query, keys, keys, replace(batch, paths=None), kind, is_strict=True, backend="triton")
+    with pytest.raises(ValueError, match="8 tree keys and 4 cached tokens, but the batch is for 32 tree keys and 10"):
+        bad = replace(batch, cu_keys=torch.tensor([0, 8], dtype=torch.int32))
+        tree_attention(query, keys, keys, bad, kind, backend="triton")
+    for change, message in (
+        ({"firsts": batch.firsts.long()}, r"firsts must be int32 of shape \(1,\), got torch.int64"),
+        ({"positions": batch.positions[:2]}, "positions must hold at least 3 tree keys, got 2"),
+        ({"max_columns": 99}, r"max_columns must be in \[1, 10\], got 99"),
+        ({"paths": batch.paths[:2]}, "paths must be int32 with 3 rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(batch, **change)
 
 
 @pytest.mark.parametrize(("vocab_size", "sizes"), [(5, [1]), (1000, [1, 4, 30]), (1031, [7, 1]), (17001, [3, 9])])

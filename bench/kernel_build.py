@@ -24,7 +24,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from specdec.bench.measure import write_json
-from specdec.kernels import distillation, kv_commit, top_k, tree_attention, tree_attention_triton, verify
+from specdec.kernels import (
+    distillation,
+    kv_commit,
+    strict_products,
+    top_k,
+    tree_attention,
+    tree_attention_triton,
+    verify,
+)
 
 __all__ = ["ARCHITECTURES", "Usage", "Variant", "build", "main", "variants"]
 
@@ -90,7 +98,9 @@ def _attention() -> Iterator[Variant]:
         ("fp32, 4 x 64, strict", torch.float32, 4, 64, 64, {"SPLIT_KEYS": strict}),
     ]
     for name, dtype, groups, width, value_width, flags in cases:
-        shape = tree_attention._tiling(groups, width, value_width, dtype, flags.pop("queries", 1))
+        shape = tree_attention._tiling(
+            groups, width, value_width, dtype, num_queries=flags.pop("queries", 1), is_strict="SPLIT_KEYS" in flags
+        )
         options = {key: shape.pop(key) for key in ("num_warps", "num_stages")}
         defaults = {"RB": 8, "SPLIT_KEYS": 0, **dict.fromkeys(("WINDOW", "CHUNK", "CAP", "SINK"), False)}
         constants = {**defaults, **shape, **flags}
@@ -99,13 +109,13 @@ def _attention() -> Iterator[Variant]:
         yield Variant(
             f"tree attention, {name}", kernel, {**types, "scale": "fp32", "softcap": "fp32"}, constants, options
         )
-    merge, constants = tree_attention_triton.merge, {"DV": 128, "BDV": 128}
+    merge, constants = tree_attention_triton.merge, {"BS": 64, "DV": 128, "BDV": 128}
     types = _types(merge, constants, {"Part": "*fp32", "Stats": "*fp32", "Out": "*bf16"})
-    yield Variant("tree attention, merge", merge, types, constants, {"num_warps": 1})
+    yield Variant("tree attention, merge", merge, types, constants, {"num_warps": 4})
 
 
 def _others() -> Iterator[Variant]:
-    draw = {"SPLIT": verify._SPLIT, "BLOCK": verify._BLOCK}
+    draw = {"SPLIT": verify._SPLIT, "BLOCK": verify._BLOCK, "RECIPROCAL": True}
     for name in ("bf16", "fp32"):
         types = _types(
             verify._draw, draw,
@@ -126,6 +136,21 @@ def _others() -> Iterator[Variant]:
     merge = {"K": 16, "SPLITS": 64}
     types = _types(top_k._merge_top_k, merge, {**floats, "Ids": "*i64", "LogProbs": "*fp32"})
     yield Variant("top-k, merge", top_k._merge_top_k, types, merge, {"num_warps": 4})
+    for dtype, columns in ((torch.bfloat16, 4096), (torch.bfloat16, 14_336), (torch.float32, 4096)):
+        shape = strict_products._tiling(columns, 4096, dtype)
+        options = {key: shape.pop(key) for key in ("num_warps", "num_stages")}
+        constants = {**shape, "BIAS": True}
+        types = _types(
+            strict_products._matmul, constants, dict.fromkeys(("X", "W", "Bias", "Out"), "*" + _SHORT[dtype])
+        )
+        # The weight of a linear layer: its second stride is 1, as torch's launcher finds out.
+        types.pop("stride_k")
+        constants["stride_k"] = 1
+        yield Variant(
+            f"strict product, {_SHORT[dtype]}, {columns} columns", strict_products._matmul, types, constants, options
+        )
+    types = _types(strict_products._mean, {"BLOCK": strict_products._BLOCK}, {"X": "*fp32", "Out": "*fp32"})
+    yield Variant("strict mean", strict_products._mean, types, {"BLOCK": strict_products._BLOCK}, {"num_warps": 4})
     for kind, loss in enumerate(distillation.LOSSES):
         constants = {"KIND": kind, "BLOCK": distillation._BLOCK}
         pointers = {"Student": "*bf16", "Teacher": "*bf16", "Losses": "*fp32", "Gradient": "*bf16"}
@@ -145,7 +170,10 @@ def build(variant: Variant, architecture: str) -> Usage:
     signature = {name: variant.types.get(name, "constexpr") for name in names}
     # As at run time: pointers of torch are aligned, and so are the strides of whole heads.
     aligned = [
-        i for i, name in enumerate(names) if signature[name].startswith("*") or name.startswith(("sq", "sk", "sv"))
+        i
+        for i, name in enumerate(names)
+        if signature[name].startswith("*")
+        or (signature[name] != "constexpr" and name.startswith(("sq", "sk", "sv", "stride_", "width")))
     ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     is_amd = architecture.startswith("gfx")

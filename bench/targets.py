@@ -30,6 +30,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
         "max_position_embeddings": 131_072, "rope_theta": 500_000.0, "tie_word_embeddings": True,
     },
+    "llama-3-8b": {
+        "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4_096, "intermediate_size": 14_336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 131_072, "rope_theta": 500_000.0, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 
 
@@ -43,13 +48,13 @@ class Target:
     info: ModelInfo
 
 
-def random_target(shape: str, *, dtype: str = "float32", device: str = "cpu", seed: int = 0) -> Target:
+def random_target(shape: str | dict[str, Any], *, dtype: str = "float32", device: str = "cpu", seed: int = 0) -> Target:
     """A model of a named shape, or of a ``config.json``, with random weights.
 
     Args:
-        shape: a name of ``SHAPES``, a config.json, or a folder that holds one.
+        shape: a name of ``SHAPES``, a config.json, a folder that holds one, or the configuration itself.
         dtype: float32, bfloat16 or float16.
-        device: where it lives.
+        device: where it is made and lives; other devices draw other weights.
         seed: of the weights.
 
     Raises:
@@ -59,15 +64,16 @@ def random_target(shape: str, *, dtype: str = "float32", device: str = "cpu", se
     kind = getattr(torch, dtype, None)
     if kind not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    values = dict(_config_of(shape))
+    values = dict(_config_of(shape) if isinstance(shape, str) else shape)
+    name = shape if isinstance(shape, str) else str(values.get("model_type"))
     try:
         config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
     except (KeyError, ValueError, TypeError) as error:
-        raise LoadError(f"{shape} is no model configuration: {error}") from error
-    with torch.random.fork_rng():
+        raise LoadError(f"{name} is no model configuration: {error}") from error
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=kind).eval().to(device)
-    return Target(_neutral(model), None, (), _info(model, shape, has_random_weights=True))
+    return Target(_neutral(model), None, (), _info(model, name, has_random_weights=True))
 
 
 def _config_of(shape: str) -> dict[str, Any]:

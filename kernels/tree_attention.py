@@ -93,29 +93,33 @@ def tree_attention(
     out = torch.empty(num_tokens, num_heads, value_width, dtype=query.dtype, device=query.device)
     if not num_tokens:
         return out
-    tallest = 1 if is_strict else -(-num_tokens // batch.num_requests)
-    shape = _tiling(num_heads // num_kv, width, value_width, query.dtype, tallest)
-    tiles = batch.num_tiles(shape["BM"] // shape["G"])
+    shape = _tiling(
+        num_heads // num_kv, width, value_width, query.dtype,
+        num_queries=1 if is_strict else num_tokens, is_strict=is_strict,
+    )  # fmt: skip
+    tokens = shape["BM"] // shape["G"]
     if is_strict:
         splits = -(-batch.max_columns // _STRICT_SPLIT)
     else:
-        splits = num_splits or _num_splits(tiles * num_kv, batch.max_columns, query.device)
+        # Not of the grid's tiles: in fixed buffers most of those are fillers.
+        splits = num_splits or _num_splits((num_tokens // tokens + 1) * num_kv, batch.max_columns, query.device)
     part = torch.empty(splits, num_tokens, num_heads, value_width, dtype=torch.float32, device=query.device)
     # Maximum and sum of every row of every split, in two planes.
     stats = torch.empty(2, splits, num_tokens, num_heads, dtype=torch.float32, device=query.device)
     paths = batch.ancestors if batch.paths is None else batch.paths  # read by strict attention only
-    attend[(tiles, num_kv, splits)](
+    attend[(batch.num_tiles(tokens), num_kv, splits)](
         query, keys, values, part, stats, batch.cu_queries, batch.cu_keys, batch.contexts, batch.firsts, batch.rows,
         batch.slots, batch.positions, batch.ancestors, paths, stats if sinks is None else sinks,
         kind.scale, kind.softcap, kind.window, kind.chunk, batch.num_requests,
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         batch.slots.stride(0), batch.ancestors.stride(0), paths.stride(0), num_tokens * num_heads, num_heads,
-        RB=triton.next_power_of_2(batch.num_requests), SPLIT_KEYS=_STRICT_SPLIT if is_strict else 0,
+        RB=max(16, triton.next_power_of_2(batch.num_requests)), SPLIT_KEYS=_STRICT_SPLIT if is_strict else 0,
         WINDOW=kind.window > 0, CHUNK=kind.chunk > 0, CAP=kind.softcap > 0, SINK=sinks is not None, **shape,
     )  # fmt: skip
     merge[(num_tokens, num_heads)](
         part, stats, out, batch.cu_queries, batch.num_requests, num_tokens * num_heads, num_heads, splits,
-        DV=value_width, BDV=shape["BDV"], num_warps=1,
+        BS=_MAX_SPLITS if is_strict else triton.next_power_of_2(min(splits, _MAX_SPLITS)),
+        DV=value_width, BDV=shape["BDV"], num_warps=4,
     )  # fmt: skip
     return out
 
@@ -129,7 +133,7 @@ def _num_splits(num_programs: int, num_columns: int, device: torch.device) -> in
 
 
 def _tiling(
-    num_groups: int, width: int, value_width: int, dtype: torch.dtype, num_queries: int = 1
+    num_groups: int, width: int, value_width: int, dtype: torch.dtype, *, num_queries: int = 1, is_strict: bool = False
 ) -> dict[str, Any]:
     """Block sizes and launch options. A tile holds at least one token with all query heads of its KV head.
 
@@ -138,7 +142,8 @@ def _tiling(
         width: of keys.
         value_width: of values.
         dtype: of all three.
-        num_queries: of a typical request: more of them share the keys that a tile reads.
+        num_queries: of the largest request, or more: queries of one tile share the keys that it reads.
+        is_strict: always the same shape, and two loops that need registers.
     """
     wide = max(width, value_width) > 128
     exact = dtype == torch.float32
@@ -154,7 +159,7 @@ def _tiling(
         "BM": rows,
         "BN": 32 if wide or exact else 64,
         "PRECISION": "tf32x3" if exact and torch.version.hip is None else "ieee",
-        "num_warps": 8 if (exact and wide) or rows >= 64 else 4,
+        "num_warps": 8 if (exact and (wide or is_strict)) or rows >= 64 else 4,
         "num_stages": 2 if exact else 3,
     }
 

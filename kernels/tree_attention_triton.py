@@ -8,7 +8,7 @@ import triton.language as tl
 __all__ = ["attend", "merge"]
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _locate(CuQueries, num_requests, tile, TOKENS: tl.constexpr, RB: tl.constexpr):  # type: ignore[no-untyped-def]
     """Which request a tile of ``TOKENS`` queries belongs to (at least R: to none), and its first query there."""
     r = tl.arange(0, RB)
@@ -19,7 +19,7 @@ def _locate(CuQueries, num_requests, tile, TOKENS: tl.constexpr, RB: tl.constexp
     return tl.sum(is_past.to(tl.int32), 0), (tile - tl.sum(tl.where(is_past, count, 0), 0)) * TOKENS
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _absorb(  # type: ignore[no-untyped-def]
     q, K, V, slot, inside, visible, m, total, acc, d, dv, sk_s, sv_s, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -40,7 +40,7 @@ def _absorb(  # type: ignore[no-untyped-def]
     return top, total * fade + tl.sum(p, 1), acc
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _in_reach(where, position, window, chunk, WINDOW: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
     """[BM, BN]: may a query at ``position`` see keys at ``where``, none of which comes after it on its path?"""
     if WINDOW:
@@ -48,7 +48,7 @@ def _in_reach(where, position, window, chunk, WINDOW: tl.constexpr, CHUNK: tl.co
     return where[None, :] >= (position // chunk * chunk)[:, None]
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _absorb_paths(  # type: ignore[no-untyped-def]
     q, K, V, Slots, Paths, Own, token_0, token, num, position, live, context, first, begin, stop, m, total, acc, d, dv,
     s_paths, sk_s, sv_s, scale, softcap, window, chunk,
@@ -73,7 +73,8 @@ def _absorb_paths(  # type: ignore[no-untyped-def]
     return m, total, acc
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# What changes from step to step must not make the compiler specialise: a request would wait for it.
+@triton.jit(do_not_specialize=["window", "chunk", "num_requests", "s_slots", "s_words", "s_paths", "rows_all"])  # type: ignore[untyped-decorator]
 def attend(  # type: ignore[no-untyped-def]
     Q, K, V, Part, Stats, CuQueries, CuKeys, Contexts, Firsts, Rows, Slots, Positions, Ancestors, Paths, Sinks,
     scale, softcap, window, chunk, num_requests, sq_t, sq_h, sk_s, sk_h, sv_s, sv_h, s_slots, s_words, s_paths,
@@ -81,7 +82,11 @@ def attend(  # type: ignore[no-untyped-def]
     RB: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPLIT_KEYS: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
     CAP: tl.constexpr, SINK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
+    """One tile of queries of one request, one KV head, one piece of the keys: unscaled sums, their maxima and weights.
+
+    ``SPLIT_KEYS``: 0, or for strict attention the keys of a piece, which then begins at a multiple of it.
+    """
     kv_head, split, splits = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     TOKENS: tl.constexpr = BM // G
     request, token_0 = _locate(CuQueries, num_requests, tl.program_id(0), TOKENS, RB)
@@ -156,24 +161,29 @@ def attend(  # type: ignore[no-untyped-def]
     tl.store(Stats + splits * rows_all + at, total, mask=live)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_requests", "rows_all", "splits"])  # type: ignore[untyped-decorator]
 def merge(  # type: ignore[no-untyped-def]
-    Part, Stats, Out, CuQueries, num_requests, rows_all, num_heads, splits, DV: tl.constexpr, BDV: tl.constexpr
-):
-    """Splits one after the other, so that empty ones behind them change nothing; tokens of nobody become zero."""
+    Part, Stats, Out, CuQueries, num_requests, rows_all, num_heads, splits,
+    BS: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr,
+) -> None:  # fmt: skip
+    """``BS`` splits at a time, in order: empty ones behind them change nothing. Tokens of nobody become zero."""
     token = tl.program_id(0)
     row = token.to(tl.int64) * num_heads + tl.program_id(1)
-    dv = tl.arange(0, BDV)
+    s, dv = tl.arange(0, BS), tl.arange(0, BDV)
     out = tl.zeros([BDV], tl.float32)
     if token < tl.load(CuQueries + num_requests):
         top = tl.full([], float("-inf"), tl.float32)
-        for s in range(splits):
-            top = tl.maximum(top, tl.load(Stats + s * rows_all + row))
+        for start in range(0, splits, BS):
+            at = (start + s) * rows_all + row
+            top = tl.maximum(top, tl.max(tl.load(Stats + at, mask=start + s < splits, other=float("-inf")), 0))
         top = tl.where(top == float("-inf"), 0.0, top)
         total = tl.full([], 0.0, tl.float32)
-        for s in range(splits):
-            weight = tl.exp(tl.load(Stats + s * rows_all + row) - top)
-            total += weight * tl.load(Stats + (splits + s) * rows_all + row)
-            out += weight * tl.load(Part + (s * rows_all + row) * DV + dv, mask=dv < DV, other=0.0)
+        for start in range(0, splits, BS):
+            at = (start + s) * rows_all + row
+            live = start + s < splits
+            weight = tl.exp(tl.load(Stats + at, mask=live, other=float("-inf")) - top)
+            total += tl.sum(weight * tl.load(Stats + splits * rows_all + at, mask=live, other=0.0), 0)
+            part = tl.load(Part + at[:, None] * DV + dv[None, :], mask=live[:, None] & (dv < DV)[None, :], other=0.0)
+            out += tl.sum(weight[:, None] * part, 0)
         out = out / total
     tl.store(Out + row * DV + dv, out.to(Out.dtype.element_ty), mask=dv < DV)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["TreeBatch", "ancestor_words"]
+__all__ = ["TreeBatch", "ancestor_words", "path_table"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,3 +132,16 @@ def ancestor_words(matrices: Sequence[npt.NDArray[np.bool_]], num_words: int | N
         start += len(matrix)
     packed = np.packbits(bits, axis=1, bitorder="little")
     return np.ascontiguousarray(packed).view("<i4").astype(np.int32).reshape(len(bits), num_words)
+
+
+def path_table(matrices: Sequence[npt.NDArray[np.bool_]], length: int) -> npt.NDArray[np.int32]:
+    """[T, length] int32 from the same matrices: each query's ancestors among the tree keys, root first, itself last."""
+    table = np.zeros((sum(map(len, matrices)), length), dtype=np.int32)
+    start = 0
+    for matrix in matrices:
+        query, key = np.nonzero(matrix)
+        ends = np.cumsum(matrix.sum(1))
+        depth = np.arange(len(query)) - np.concatenate([[0], ends[:-1]])[query]
+        table[start + query, depth] = key
+        start += len(matrix)
+    return table

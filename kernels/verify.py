@@ -1,9 +1,10 @@
 """The match rule on the device: the target's token at every node of every tree, and the path that it confirms.
 
-Three launches, whatever the batch. The first goes over the logits once and draws every node's token: the argmax of
+Whatever the batch, one launch goes over the logits once and draws every node's token: the argmax of
 ``logits / temperature + Gumbel noise`` with the noise of ``specdec.rng``, bit for bit, or of the logits where the
 temperature is 0. The noise of a block is computed only where a bound of it could still win, as on the CPU: its
-logarithms are in float64. The others merge and walk. Nothing of size [T, V] is written, nothing goes to the host.
+logarithms are in float64. A second launch merges, a third walks. Nothing of size [T, V] is written, nothing goes to the
+host.
 
 Processors other than the temperature are applied to the logits before.
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 from specdec.kernels.launch import Backend, check_tensor, uses_triton
 from specdec.philox import UNIT, log_torch, philox_torch
 
-__all__ = ["verify_trees", "verify_trees_reference"]
+__all__ = ["draw_tokens", "draw_tokens_reference", "verify_trees", "verify_trees_reference"]
 
 _SPLIT = 8192  # logits of one program
 _BLOCK = 1024
@@ -33,6 +34,61 @@ _SQRT_HALF_BITS = tl.constexpr(0x3FE6A09E667F3BCD)
 _LN2_HIGH = tl.constexpr(float.fromhex("0x1.62e42fee00000p-1"))
 _LN2_LOW = tl.constexpr(float.fromhex("0x1.a39ef35793c76p-33"))
 _NEVER = tl.constexpr(2147483647)
+
+
+def draw_tokens(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, *, backend: Backend = "auto"
+) -> Tensor:
+    """The target's token after every node, with the bits of ``specdec.rng.gumbel_argmax``.
+
+    Args:
+        logits: [T, V]: row i is the law of the token after node i.
+        temperatures: [T] float32, of each node's request; 0: greedy.
+        seeds: [T] int64, of each node's request: the bits of a seed in [0, 2^64).
+        positions: [T] int64: absolute position of the token that is drawn after the node.
+        backend: see ``uses_triton``.
+
+    Returns:
+        [T] int32; the first of equal scores.
+
+    Raises:
+        ValueError: a shape, dtype or device breaks its rule.
+    """
+    device = logits.device
+    check_tensor("logits", logits, (None, None), _FLOATS, device)
+    num_nodes, vocab_size = logits.shape
+    check_tensor("temperatures", temperatures, (num_nodes,), (torch.float32,), device)
+    for name, tensor in (("seeds", seeds), ("positions", positions)):
+        check_tensor(name, tensor, (num_nodes,), (torch.int64,), device)
+    if not uses_triton(backend, device):
+        return draw_tokens_reference(logits, temperatures, seeds, positions)
+    splits = triton.cdiv(vocab_size, _SPLIT)
+    best = torch.empty(num_nodes, splits, dtype=torch.float32, device=device)
+    where = torch.empty(num_nodes, splits, dtype=torch.int32, device=device)
+    target_ids = torch.empty(num_nodes, dtype=torch.int32, device=device)
+    if num_nodes:
+        # Without fused multiply-add: the noise must have the same bits everywhere.
+        _draw[(num_nodes, splits)](
+            logits, temperatures, seeds, positions, best, where, vocab_size, logits.stride(0), splits,
+            SPLIT=_SPLIT, BLOCK=_BLOCK, RECIPROCAL=_multiplies(device), num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+        _reduce[(num_nodes,)](best, where, target_ids, splits, SPLITS=triton.next_power_of_2(splits), num_warps=1)
+    return target_ids
+
+
+def _multiplies(device: torch.device) -> bool:
+    """On CUDA torch divides by a number as it multiplies by its reciprocal; see ``processors.base.divide_``."""
+    return device.type == "cuda"
+
+
+def draw_tokens_reference(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """The same in torch: all noise at once."""
+    scores = logits.float()
+    sampled = temperatures > 0
+    divisor = torch.where(sampled, temperatures, 1.0)[:, None]
+    scores = scores * divisor.reciprocal() if _multiplies(logits.device) else scores / divisor
+    noise = _noise(seeds, positions, logits.shape[1])
+    return torch.where(sampled[:, None], scores + noise, scores).argmax(-1).to(torch.int32)
 
 
 def verify_trees(
@@ -66,28 +122,17 @@ def verify_trees(
     """
     device = logits.device
     check_tensor("logits", logits, (None, None), _FLOATS, device)
-    num_nodes, vocab_size = logits.shape
+    num_nodes = len(logits)
     for name, tensor in (("token_ids", token_ids), ("parents", parents)):
         check_tensor(name, tensor, (num_nodes,), (torch.int32,), device)
     check_tensor("cu_nodes", cu_nodes, (None,), (torch.int32,), device)
-    check_tensor("temperatures", temperatures, (num_nodes,), (torch.float32,), device)
-    for name, tensor in (("seeds", seeds), ("positions", positions)):
-        check_tensor(name, tensor, (num_nodes,), (torch.int64,), device)
     if not uses_triton(backend, device):
         return verify_trees_reference(logits, token_ids, parents, cu_nodes, temperatures, seeds, positions)
-    num_trees, splits = len(cu_nodes) - 1, triton.cdiv(vocab_size, _SPLIT)
-    best = torch.empty(num_nodes, splits, dtype=torch.float32, device=device)
-    where = torch.empty(num_nodes, splits, dtype=torch.int32, device=device)
-    target_ids, bonus_ids = (torch.empty(n, dtype=torch.int32, device=device) for n in (num_nodes, num_trees))
+    target_ids = draw_tokens(logits, temperatures, seeds, positions, backend=backend)
+    num_trees = len(cu_nodes) - 1
     kept = torch.zeros(num_nodes, dtype=torch.int8, device=device)
-    num_accepted = torch.empty(num_trees, dtype=torch.int32, device=device)
+    num_accepted, bonus_ids = (torch.empty(num_trees, dtype=torch.int32, device=device) for _ in range(2))
     if num_nodes:
-        # Without fused multiply-add: the noise must have the same bits everywhere.
-        _draw[(num_nodes, splits)](
-            logits, temperatures, seeds, positions, best, where, vocab_size, logits.stride(0), splits,
-            SPLIT=_SPLIT, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-        _reduce[(num_nodes,)](best, where, target_ids, splits, SPLITS=triton.next_power_of_2(splits), num_warps=1)
         _walk[(num_trees,)](target_ids, token_ids, parents, cu_nodes, kept, num_accepted, bonus_ids, num_warps=1)
     return target_ids, kept, num_accepted, bonus_ids
 
@@ -101,12 +146,8 @@ def verify_trees_reference(
     seeds: Tensor,
     positions: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same in torch: all noise at once, then a walk on the host."""
-    scores = logits.float()
-    sampled = temperatures > 0
-    scores = torch.where(sampled[:, None], scores / torch.where(sampled, temperatures, 1.0)[:, None], scores)
-    noise = _noise(seeds, positions, logits.shape[1])
-    target_ids = torch.where(sampled[:, None], scores + noise, scores).argmax(-1).to(torch.int32)
+    """The same in torch, with a walk on the host."""
+    target_ids = draw_tokens_reference(logits, temperatures, seeds, positions)
     wanted_ids, ids, above = target_ids.tolist(), token_ids.tolist(), parents.tolist()
     kept = torch.zeros(len(ids), dtype=torch.int8)
     counts, bonus = [], []
@@ -161,7 +202,7 @@ def _log(x):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _draw(  # type: ignore[no-untyped-def]
     Logits, Temperatures, Seeds, Positions, Best, Where, vocab_size, stride, splits,
-    SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
     node, split = tl.program_id(0), tl.program_id(1)
     temperature = tl.load(Temperatures + node)
@@ -175,7 +216,10 @@ def _draw(  # type: ignore[no-untyped-def]
     for start in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, vocab_size), BLOCK):
         v = start + tl.arange(0, BLOCK)
         x = tl.load(Logits + node.to(tl.int64) * stride + v, mask=v < vocab_size, other=float("-inf")).to(tl.float32)
-        x = tl.math.div_rn(x, tl.zeros_like(x) + divisor)
+        if RECIPROCAL:  # noqa: SIM108 -- each branch is compiled alone
+            x = x * tl.math.div_rn(1.0, divisor)
+        else:
+            x = tl.math.div_rn(x, tl.zeros_like(x) + divisor)
         if is_sampled:
             group = (start // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
             zero = tl.zeros_like(group)

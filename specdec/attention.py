@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,13 +29,30 @@ from specdec.query_layout import QueryLayout
 from specdec.strict_attention import StrictKeys
 from specdec.types import IntArray
 
-__all__ = ["IMPLEMENTATION", "StepAttention", "TailMasks", "active", "go_to_call"]
+__all__ = ["IMPLEMENTATION", "AttentionStep", "StepAttention", "TailMasks", "active", "go_to_call"]
 
 IMPLEMENTATION = "specdec_tree"
 # From this many query tokens on, heads stay apart and the mask is shared: packed rows would repeat it per head.
 _MAX_PACKED_TOKENS = 32
 # Masks up to this many rows (a packed tree) are kept between steps; at 16k keys in float32 one takes at most 16 MiB.
 _MAX_KEPT_ROWS = 256
+
+
+class AttentionStep(Protocol):
+    """Computes the attention calls of one forward, told apart by their ordinal."""
+
+    num_calls: int  # of the calls so far; the next one is that of this ordinal
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See ``StepAttention.attend``."""
 
 
 class TailMasks:
@@ -299,11 +316,11 @@ def _attend_special(
     return torch.matmul(weights, v[:, None])
 
 
-_STEP: ContextVar[StepAttention | None] = ContextVar("specdec_step", default=None)
+_STEP: ContextVar[AttentionStep | None] = ContextVar("specdec_step", default=None)
 
 
 @contextmanager
-def active(step: StepAttention) -> Iterator[None]:
+def active(step: AttentionStep) -> Iterator[None]:
     """Make ``step`` the one that attention calls of this context use."""
     token = _STEP.set(step)
     try:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from specdec.chain_target import ChainTarget
 from specdec.config import EngineConfig
@@ -23,12 +26,14 @@ from specdec.drafters.recycling import RecyclingDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine
 from specdec.errors import ConfigError, UnsupportedError
+from specdec.kernels.launch import uses_triton
 from specdec.packed_linear import pack_linears, packing_obstacle, unpack_linears
 from specdec.plain_target import PlainTarget
 from specdec.protocols import Controller, Drafter, Draws, Observer, TargetModel, Verifier
 from specdec.rope import freeze_rope
 from specdec.routes import Route, choose_route
 from specdec.sampling import Sampler
+from specdec.step_buffers import BUCKETS
 from specdec.strict import require_same_bits, require_strict_path
 from specdec.threads import usable_cores
 from specdec.tree_target import TreeTarget, kv_bytes_per_token
@@ -198,21 +203,23 @@ def build_target(
     """
     max_length = config.max_length or model_max_length(model)
     _require_one_device(model)
-    route = route or choose_route(model, max_length=max_length)
+    route = route or choose_route(model, max_length=max_length, kernels=config.kernels)
     if route.kind == "refused":
         raise UnsupportedError(f"{type(model).__name__} cannot be served: {' '.join(route.reasons)}")
     if hidden_layers and route.kind != "tree":
         raise UnsupportedError(f"the drafter reads hidden states, which need the tree path: {' '.join(route.reasons)}")
     num_drafts = _MAX_CHAIN if route.can_draft else 0
     if config.numerics == "strict":
-        require_strict_path(route)
+        require_strict_path(route, by_kernels=uses_triton(config.kernels, model.device))
+    if config.kernels == "triton" and route.kind != "tree":
+        raise UnsupportedError(f'kernels="triton" needs the tree path, but this model takes the {route.kind} path')
     if route.kind == "plain":
         return PlainTarget(model, max_length=max_length, max_draft_tokens=num_drafts)
     per_token = kv_bytes_per_token(route.calls, model.dtype)
     kv_tokens = config.kv_tokens or _default_kv_tokens(per_token, model.device, config, max_length)
     if route.kind == "chain":
         return ChainTarget(model, kv_tokens=kv_tokens, max_length=max_length, max_draft_tokens=num_drafts)
-    return TreeTarget(
+    target = TreeTarget(
         model,
         route.calls,
         kv_tokens=kv_tokens,
@@ -223,7 +230,29 @@ def build_target(
         hidden_layers=hidden_layers,
         keeps_prefixes=config.prefix_cache,
         num_successors=num_successors,
+        kernels=config.kernels,
+        buckets=BUCKETS if config.graphs else (),
     )
+    _capture(target, config)
+    return target
+
+
+def _capture(target: TreeTarget, config: EngineConfig) -> None:
+    """CUDA graphs of the target's steps, with a progress bar; where they cannot be, the reason."""
+    is_possible = target.runner is not None and target.device.type == "cuda"
+    if config.graphs is False or (config.graphs == "auto" and not is_possible):
+        return
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        bar = progress.add_task("capturing CUDA graphs", total=len(BUCKETS))
+        try:
+            target.capture_graphs(lambda done, total: progress.update(bar, completed=done, total=total))
+        except UnsupportedError as error:
+            if config.graphs is True:
+                raise
+            logger.warning("%s: its steps are launched one kernel at a time, slower", error)
+            return
+    if target.runner is not None:
+        logger.info("%d CUDA graphs hold %.0f MiB", len(BUCKETS), target.runner.graph_bytes / 2**20)
 
 
 def may_pack(model: PreTrainedModel, config: EngineConfig) -> bool:
@@ -232,6 +261,12 @@ def may_pack(model: PreTrainedModel, config: EngineConfig) -> bool:
     Raises:
         ConfigError: ``packed=True`` for a model that cannot be packed.
     """
+    if config.numerics == "strict" and uses_triton(config.kernels, model.device):
+        if config.packed is True:
+            raise ConfigError(
+                "packed=True is for strict numerics by torch; by Triton kernels the weights stay as they are"
+            )
+        return False
     if config.packed is False:
         if config.numerics == "strict":
             raise ConfigError('numerics="strict" works with packed weights only: packed must not be False')
@@ -324,14 +359,13 @@ def build_engine(
         target = build_target(
             model, config, route=route, hidden_layers=needs.hidden_layers, num_successors=needs.num_successors
         )
+        if is_packed:
+            pack_linears(model, holder, strict=config.numerics == "strict")
         if config.numerics == "strict":
-            pack_linears(model, holder, strict=True)
             require_same_bits(target)
-        elif is_packed:
-            pack_linears(model, holder)
         for notice in frozen.notices:
             logger.warning("%s", notice)
-        judge = _build_verifier(verifier, Sampler(target.vocab_size, device=model.device))
+        judge = _build_verifier(verifier, Sampler(target.vocab_size, device=model.device, kernels=config.kernels))
         return Engine(
             target, judge, guesser, controller, tokenizer=tokenizer, config=config, observers=observers,
             on_close=give_back,

@@ -42,7 +42,18 @@ class EngineConfig(BaseModel):
 
     numerics: Literal["default", "strict"] = Field(
         default="default",
-        description="strict: a token's logits have the same bits however it is decoded, at some cost (CPU only)",
+        description="strict: a token's logits have the same bits however it is decoded, at some cost",
+    )
+
+    kernels: Literal["auto", "triton", "torch"] = Field(
+        default="auto",
+        description="who attends and draws: Triton kernels on a GPU, torch elsewhere, or one of them by name",
+    )
+
+    graphs: Literal["auto", True, False] = Field(
+        default="auto",
+        description="capture the target's steps of up to 256 tokens as CUDA graphs at the start; auto: where that is "
+        "possible",
     )
 
     @classmethod

@@ -132,6 +132,7 @@ class KVGroup:
     def _keep(self, keep: Keep) -> tuple[IntArray, IntArray] | None:
         """Edit one table; the rows that have to move, as (source, target) slots."""
         table = self.tables[keep.request_id]
+        table.num_sent = min(table.num_sent, table.first + table.num_cached + keep.num_leading)
         reserved = table.reserved.copy()
         first, others = keep.num_leading, keep.others
         count = first + len(others)
@@ -185,6 +186,7 @@ class KVGroup:
         count = length - table.first
         self.allocator.give(table.slots[count : table.num_cached])
         table.num_cached = count
+        table.num_sent = min(table.num_sent, length)
 
     def _place(self, table: SlotTable, expected: int, least: int) -> None:
         run = self.allocator.find_run(expected, least) if self.keep_runs else None
@@ -209,12 +211,13 @@ class KVGroup:
         self._move(old, target)
         self.allocator.give(old)
         table.slots[:length] = target
+        table.num_sent = 0
         table.append(np.arange(run[0] + length, run[0] + length + count, dtype=np.int32))
         return True
 
     def _move(self, source: IntArray, target: IntArray) -> None:
         """Copy rows in every call's storage. Gather, then scatter: a target may be another row's source."""
-        src, dst = torch.from_numpy(source.astype(np.int64)), torch.from_numpy(target.astype(np.int64))
+        src, dst = (torch.from_numpy(x.astype(np.int64)).to(self._storages[0].device) for x in (source, target))
         for storage in self._storages:
             storage.index_copy_(1, dst, storage.index_select(1, src))
 
@@ -227,6 +230,7 @@ class KVPool:
         num_tokens: tokens that a full-attention group can hold over all requests.
         num_live_requests: most requests at a time; sizes the groups that forget.
         num_step_tokens: most query tokens of one step, likewise.
+        keep_runs: try to keep each request in one run of slots; None: on a CPU, whose attention then reads in place.
     """
 
     def __init__(
@@ -238,6 +242,7 @@ class KVPool:
         num_step_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        keep_runs: bool | None = None,
     ) -> None:
         by_group: dict[GroupKey, dict[int, CallShape]] = {}
         for ordinal, (key, shape) in enumerate(shapes):
@@ -249,7 +254,8 @@ class KVPool:
             # Twice the windows: a request that slides through its slots moves back only once per window.
             windows = 2 * num_live_requests * key[1] + num_step_tokens
             held = num_tokens if key[0] == "full" else min(num_tokens, windows)
-            self.groups[key] = KVGroup(key, calls, held + 1, dtype=dtype, device=device, keep_runs=device.type == "cpu")
+            runs = device.type == "cpu" if keep_runs is None else keep_runs
+            self.groups[key] = KVGroup(key, calls, held + 1, dtype=dtype, device=device, keep_runs=runs)
 
     @property
     def nbytes(self) -> int:

@@ -112,7 +112,7 @@ def _runs(available: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], npt.
 class SlotTable:
     """One request's slots in one group, for positions ``first ...``: cached ones, then the reserved ones of a step."""
 
-    __slots__ = ("base", "claim", "first", "num_cached", "num_reserved", "retry_at", "slots")
+    __slots__ = ("base", "claim", "first", "num_cached", "num_reserved", "num_sent", "retry_at", "slots")
 
     def __init__(self) -> None:
         self.slots: IntArray = np.empty(64, dtype=np.int32)
@@ -121,6 +121,7 @@ class SlotTable:
         self.num_reserved = 0
         self.base = 0  # first slot if the table is one run of slots, else -1
         self.claim = (0, 0)
+        self.num_sent = 0  # positions below it are known to a copy of the table on the device
         self.retry_at = 0  # end position from which becoming one run is worth another try
 
     def __len__(self) -> int:

@@ -23,6 +23,7 @@ from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWin
 
 from specdec.chain_target import ChainTarget
 from specdec.errors import ConfigError, UnsupportedError
+from specdec.kernels.launch import Backend
 from specdec.probe import CallSpec, probe
 from specdec.protocols import TargetModel
 from specdec.reference import Reference
@@ -56,20 +57,23 @@ class Route:
     can_draft: bool = True
 
 
+def _tree_with(kernels: Backend) -> Callable[[Any, tuple[CallSpec, ...], int], TargetModel]:
+    return lambda model, calls, max_length: TreeTarget(
+        model,
+        calls,
+        kv_tokens=NUM_TOKENS,
+        max_length=max_length,
+        max_batch_size=NUM_REQUESTS,
+        max_step_tokens=NUM_TOKENS,
+        kernels=kernels,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class TargetFactories:
     """How to build the small targets that the self-test tries. The plain target needs no test: it is the reference."""
 
-    tree: Callable[[Any, tuple[CallSpec, ...], int], TargetModel] = field(
-        default=lambda model, calls, max_length: TreeTarget(
-            model,
-            calls,
-            kv_tokens=NUM_TOKENS,
-            max_length=max_length,
-            max_batch_size=NUM_REQUESTS,
-            max_step_tokens=NUM_TOKENS,
-        )
-    )
+    tree: Callable[[Any, tuple[CallSpec, ...], int], TargetModel] = field(default_factory=lambda: _tree_with("auto"))
     chain: Callable[[Any, int, int], TargetModel] = field(
         default=lambda model, max_length, max_draft_tokens: ChainTarget(
             model, kv_tokens=NUM_TOKENS, max_length=max_length, max_draft_tokens=max_draft_tokens
@@ -78,7 +82,12 @@ class TargetFactories:
 
 
 def choose_route(
-    model: Any, *, max_length: int, self_test: bool = True, factories: TargetFactories | None = None
+    model: Any,
+    *,
+    max_length: int,
+    self_test: bool = True,
+    factories: TargetFactories | None = None,
+    kernels: Backend = "auto",
 ) -> Route:
     """Find the best path for ``model``.
 
@@ -87,6 +96,7 @@ def choose_route(
         max_length: longest sequence to be served, in tokens.
         self_test: False trusts the rules alone; for tests.
         factories: builders of the targets that the self-test tries.
+        kernels: of the tree target that it tries, without ``factories``.
 
     Returns:
         The route; "refused" is a route too.
@@ -101,7 +111,7 @@ def choose_route(
     refusal = _refusal(model)
     if refusal is not None:
         return Route("refused", (refusal,))
-    factories = factories or TargetFactories()
+    factories = factories or TargetFactories(tree=_tree_with(kernels))
     max_length = max(max_length, min(_TESTED_LENGTH, _stated_length(model)))
     calls, tree_problem = _probed(model, max_length)
     if not self_test:

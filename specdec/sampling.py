@@ -3,6 +3,10 @@
 The token at a node is ``argmax(scores)`` (greedy) or ``argmax(scores + gumbel(seed, position))``, which is a draw from
 ``softmax(scores)``. Scores are the logits after the request's processors on the node's true prefix. So the token is a
 function of (logits, prefix, parameters, seed, position) and of nothing else.
+
+With the Triton kernels one launch draws all tokens, and nothing of size [T, V] is made for a request whose processors
+are none or the temperature alone: those are fused. All other processors run before it as torch operations on the
+device. Which way a request goes is a matter of its parameters, never of its neighbours, and both give the same bits.
 """
 
 from __future__ import annotations
@@ -14,7 +18,9 @@ import torch
 from torch import Tensor
 
 from specdec.errors import InternalError
+from specdec.kernels.launch import Backend, uses_triton
 from specdec.processors import NodeBatch, Op, compile_processors, run
+from specdec.processors.warpers import Temperature
 from specdec.rng import gumbel_argmax
 from specdec.types import DraftTree, IntArray, Request, RequestState, SamplingParams, TargetOutput
 
@@ -24,7 +30,7 @@ __all__ = ["Sampler"]
 class _Live:
     """What the sampler knows of one live request."""
 
-    __slots__ = ("expires_at", "is_plain", "ops", "seed")
+    __slots__ = ("expires_at", "is_plain", "ops", "seed", "temperature")
 
     def __init__(self, state: RequestState, ops: list[Op]) -> None:
         self.seed = None if state.request.sampling.is_greedy else state.request.sampling.seed  # None: greedy
@@ -36,6 +42,11 @@ class _Live:
         self.ops = [op for op in self.ops if op.expires_at is None or op.expires_at > num_tokens]
         self.expires_at = min((op.expires_at for op in self.ops if op.expires_at is not None), default=None)
         self.is_plain = self.seed is None and not self.ops
+        # What the kernel divides by when it can do all that the processors do, else None.
+        self.temperature: float | None = None
+        scales = [op.value for op in self.ops if isinstance(op, Temperature)]
+        if len(scales) == len(self.ops) <= 1:
+            self.temperature = 0.0 if self.seed is None else scales[0] if scales else 1.0
 
 
 class Sampler:
@@ -44,6 +55,10 @@ class Sampler:
     Args:
         vocab_size: V, the number of columns of the logits.
         device: of the logits.
+        kernels: who draws; see ``specdec.kernels.launch.uses_triton``.
+
+    Raises:
+        RuntimeError: Triton was asked for by name and cannot run on ``device``.
 
     Example:
         >>> sampler = Sampler(32000)
@@ -53,9 +68,10 @@ class Sampler:
         >>> state.append(ids[:1])
     """
 
-    def __init__(self, vocab_size: int, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, vocab_size: int, *, device: torch.device | str = "cpu", kernels: Backend = "auto") -> None:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
+        self.has_kernels = uses_triton(kernels, self.device)
         self._live: dict[str, _Live] = {}
 
     def start(self, state: RequestState) -> None:
@@ -113,6 +129,8 @@ class Sampler:
             [T] int32, in the order of ``output.logits``.
         """
         live = [self._live[state.request_id] for state in states]
+        if self.has_kernels:
+            return self._draw_by_kernel(live, NodeBatch(states, trees, self.device), output)
         busy = [request for request, one in enumerate(live) if not one.is_plain]
         if not busy:
             self._check(sum(map(len, trees)), output)
@@ -144,6 +162,42 @@ class Sampler:
         ids[rows] = gumbel_argmax(scores[rows], row_seeds[chosen], nodes.prefix_lengths[chosen])
         return ids
 
+    def _draw_by_kernel(self, live: Sequence[_Live], nodes: NodeBatch, output: TargetOutput) -> IntArray:
+        """[T] int32 on the host, which waits for the device once."""
+        self._check(nodes.num_nodes, output)
+        fused = [request for request, one in enumerate(live) if one.temperature is not None]
+        others = [request for request, one in enumerate(live) if one.temperature is None]
+        ids = torch.empty(nodes.num_nodes, dtype=torch.int32, device=self.device)
+        if fused:
+            rows = nodes.rows(fused)
+            ids[rows] = self._launch(
+                output.logits[rows], [live[r].temperature or 0.0 for r in fused], live, nodes, fused
+            )
+        if others:
+            rows = nodes.rows(others)
+            some = NodeBatch([nodes.states[r] for r in others], [nodes.trees[r] for r in others], self.device)
+            scores = self._processed(some, TargetOutput(output.logits[rows], np.array([*some.starts], dtype=np.int32)))
+            ids[rows] = self._launch(scores, [float(live[r].seed is not None) for r in others], live, nodes, others)
+        return _to_host(ids)
+
+    def _launch(
+        self,
+        scores: Tensor,
+        temperatures: Sequence[float],
+        live: Sequence[_Live],
+        nodes: NodeBatch,
+        requests: Sequence[int],
+    ) -> Tensor:
+        from specdec.kernels.verify import draw_tokens  # imports Triton, which is not everywhere
+
+        sizes = [nodes.sizes[request] for request in requests]
+        seeds = np.array([live[request].seed or 0 for request in requests], dtype=np.uint64).view(np.int64)
+        lengths = np.concatenate([nodes.prefix_lengths[nodes.span(request)] for request in requests])
+        keys = torch.from_numpy(np.stack([np.repeat(seeds, sizes), lengths]))
+        factors = torch.from_numpy(np.repeat(np.array(temperatures, dtype=np.float32), sizes))
+        keys, factors = keys.to(self.device), factors.to(self.device)
+        return draw_tokens(scores, factors, keys[0], keys[1], backend="triton")
+
     def _processed(self, nodes: NodeBatch, output: TargetOutput) -> Tensor:
         self._check(nodes.num_nodes, output)
         scores = output.logits.to(torch.float32, copy=True)
@@ -165,4 +219,9 @@ def _argmax(scores: Tensor) -> Tensor:
 
 
 def _to_host(ids: Tensor) -> IntArray:
-    return ids.to("cpu", torch.int32).numpy()
+    if not ids.is_cuda:
+        return ids.to("cpu", torch.int32).numpy()
+    on_host = torch.empty(ids.shape, dtype=torch.int32, pin_memory=True)  # from torch's cache of such memory
+    on_host.copy_(ids, non_blocking=True)
+    torch.cuda.current_stream(ids.device).synchronize()
+    return on_host.numpy()

@@ -1,8 +1,9 @@
 """Strict numerics: logits of a token have the same bits however it is decoded. May this model have them, and does it?
 
-Packed linear layers and strict attention see to what depends on the number of tokens in a step. Whether the rest of a
-model does (its norms and activations do not, as a rule) is not believed but tried: a path decoded one token at a time,
-and the same path as a branch of a tree behind a prompt that is cut elsewhere, beside another request.
+Strict attention and products see to what depends on the number of tokens in a step: packed layers on a CPU, Triton
+kernels of fixed tiles on a GPU. Whether the rest of a model does (its norms and activations do not, as a rule) is not
+believed but tried: a path decoded one token at a time, and the same path as a branch of a tree behind a prompt that is
+cut elsewhere, beside another request.
 """
 
 from __future__ import annotations
@@ -24,15 +25,19 @@ _NUM_PROMPT, _CUT, _NUM_PATH, _NUM_OTHER = 33, 20, 6, 70
 _NUM_SLOTS = 128  # that all of this takes at a time
 
 
-def require_strict_path(route: Route) -> None:
+def require_strict_path(route: Route, *, by_kernels: bool) -> None:
     """Refuse a model whose attention cannot be computed strictly.
+
+    Args:
+        route: of the model.
+        by_kernels: the Triton kernels attend, which know every kind of attention.
 
     Raises:
         UnsupportedError: with the reason.
     """
     if route.kind != "tree":
         raise UnsupportedError(f'numerics="strict" needs the tree path, but this model takes the {route.kind} path')
-    for call in route.calls:
+    for call in () if by_kernels else route.calls:
         if call.softcap is not None or call.has_sinks or call.key_dim != call.value_dim:
             raise UnsupportedError(
                 f'numerics="strict" knows no soft-cap, no sinks, and no values of another width than keys, but '

@@ -7,27 +7,30 @@ and everything else work on the same object between steps.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import njit
 
-from specdec.attention import IMPLEMENTATION, StepAttention, TailMasks, active
-from specdec.errors import ConfigError, InternalError
+from specdec.attention import IMPLEMENTATION, AttentionStep, StepAttention, TailMasks, active
+from specdec.errors import ConfigError, InternalError, UnsupportedError
+from specdec.flat_batch import flatten, warm_up
+from specdec.kernels.launch import Backend, uses_triton
 from specdec.kv_cache import CallShape, GroupKey, Keep, KVPool
 from specdec.prefix_cache import PrefixCache
 from specdec.query_layout import QueryLayout
 from specdec.readings import HiddenStates, Successors
-from specdec.types import Chunk, IntArray, RequestState, TargetOutput
+from specdec.step_buffers import Outputs, Step
+from specdec.strict_operations import StrictOperations
+from specdec.types import Chunk, RequestState, TargetOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from specdec.kernel_runner import KernelRunner
     from specdec.probe import CallSpec
 
 __all__ = ["TreeTarget", "group_key", "kv_bytes_per_token"]
@@ -55,15 +58,18 @@ class TreeTarget:
         max_length: most tokens of one request.
         max_batch_size: most requests held at a time.
         max_step_tokens: most query tokens of one step.
-        is_strict: attention gives a query the same bits whatever else is in the step; for models on the CPU whose
-            attention has no soft-cap, no sinks, and values as wide as keys.
+        is_strict: attention gives a query the same bits whatever else is in the step. By torch, that is for models on
+            the CPU whose attention has no soft-cap, no sinks, and values as wide as keys.
         hidden_layers: whose states drafters read, as indices into ``output_hidden_states``; all different.
         keeps_prefixes: K/V of finished requests serves later ones that begin alike; not where drafters read states,
             which they need of every token.
         num_successors: likeliest next tokens that drafters read after prefix tokens; 0: none, and none are scored.
+        kernels: who attends; see ``specdec.kernels.launch.uses_triton``.
+        buckets: numbers of tokens whose forwards are captured by ``capture_graphs``; none: nothing is.
 
     Raises:
         ConfigError: a size is below 1, or the model is in training mode.
+        RuntimeError: Triton was asked for by name and cannot run on the model's device.
     """
 
     supports_trees = True
@@ -82,6 +88,8 @@ class TreeTarget:
         hidden_layers: tuple[int, ...] = (),
         keeps_prefixes: bool = False,
         num_successors: int = 0,
+        kernels: Backend = "auto",
+        buckets: Sequence[int] = (),
     ) -> None:
         if model.training:
             raise ConfigError("the model must be in evaluation mode: call model.eval() first, or dropout would act")
@@ -102,6 +110,7 @@ class TreeTarget:
         self.num_successors = min(num_successors, self.vocab_size)
         self.device = model.device
         self.dtype = _kv_dtype(model)
+        uses_kernels = uses_triton(kernels, self.device)
         self.pool = KVPool(
             [(group_key(c), CallShape(c.num_kv_heads, c.key_dim, c.value_dim)) for c in calls],
             kv_tokens,
@@ -109,8 +118,20 @@ class TreeTarget:
             num_step_tokens=max_step_tokens + max_batch_size * (self.max_draft_tokens + 1),
             dtype=self.dtype,
             device=self.device,
+            keep_runs=False if uses_kernels else None,
         )
         self.prefixes = PrefixCache(self.pool) if keeps_prefixes and not hidden_layers else None
+        self._operations: AbstractContextManager[Any] = (
+            StrictOperations() if is_strict and uses_kernels else nullcontext()
+        )
+        self.runner: KernelRunner | None = None
+        if uses_kernels:
+            from specdec.kernel_runner import KernelRunner  # imports Triton, which is not everywhere
+
+            self.runner = KernelRunner(
+                self.pool, self._forward, max_length=max_length + self.max_draft_tokens + 1,
+                max_batch_size=max_batch_size, device=self.device, is_strict=is_strict, buckets=buckets,
+            )  # fmt: skip
         self._num_query_groups = [c.num_query_heads // c.num_kv_heads for c in calls]
         self._masks: dict[tuple[GroupKey, int], TailMasks] = {}
         accepted = inspect.signature(model.forward).parameters
@@ -119,9 +140,29 @@ class TreeTarget:
         # sequences in the position ids, which costs a synchronisation.
         self._dummy_mask = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=self.device)
         self._configs = _attention_configs(model)
-        # Compiled here, so that no request waits for it.
-        empty = np.empty(0, dtype=np.int64)
-        _expand(empty.reshape(0, 3), empty.astype(np.int32), empty, empty.astype(np.bool_), empty)
+        warm_up()
+
+    @torch.inference_mode()
+    def capture_graphs(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Capture the forwards of all ``buckets`` as CUDA graphs.
+
+        Args:
+            on_progress: (graphs done, graphs in all).
+
+        Raises:
+            UnsupportedError: the model is not on a CUDA device or runs without the Triton kernels, or it does what a
+                graph cannot hold; everything then runs eagerly.
+        """
+        if self.runner is None or self.device.type != "cuda":
+            raise UnsupportedError(f"CUDA graphs need the Triton kernels on a CUDA device, not {self.device}")
+        from specdec.kernel_runner import capture_cuda_graphs
+
+        try:
+            self.runner.capture(capture_cuda_graphs(self.device), on_progress)
+        except RuntimeError as error:
+            self.runner.forget_captured()
+            line = str(error).splitlines()[0]
+            raise UnsupportedError(f"{type(self.model).__name__} cannot be captured as a CUDA graph: {line}") from error
 
     def fits(self, num_tokens: int) -> bool:
         return num_tokens <= self.pool.num_tokens
@@ -159,7 +200,7 @@ class TreeTarget:
 
     @torch.inference_mode()
     def forward(self, chunks: Sequence[Chunk]) -> TargetOutput:
-        batch = _flatten(chunks)
+        batch = flatten(chunks)
         is_asked = self.num_successors > 0 and any(len(chunk.prefix_ids) for chunk in chunks)
         places = _last_places(chunks) if is_asked else []
         rows = np.concatenate([batch.tree_rows, *places]) if places else batch.tree_rows
@@ -204,25 +245,33 @@ class TreeTarget:
         Raises:
             InternalError: the model gives no hidden states, or makes other attention calls than the probe saw.
         """
+        if self.runner is not None:
+            return self.runner.run(Step(layouts, input_ids, positions, logit_rows))
         step = StepAttention(
             self.pool, layouts, self._num_query_groups, dtype=self.dtype, device=self.device, masks=self._masks,
             is_strict=self.is_strict,
         )  # fmt: skip
-        rows = torch.from_numpy(logit_rows).to(self.device)
-        options: dict[str, Any] = {"logits_to_keep": rows} if self._keeps_logits else {}
+        ids, places, rows = (torch.from_numpy(x).to(self.device) for x in (input_ids, positions, logit_rows))
+        return self._forward(step, ids, places, rows)
+
+    def _forward(
+        self, step: AttentionStep, input_ids: torch.Tensor, positions: torch.Tensor, logit_rows: torch.Tensor
+    ) -> Outputs:
+        """The model over one flat row [T] of tokens; see ``run``."""
+        options: dict[str, Any] = {"logits_to_keep": logit_rows} if self._keeps_logits else {}
         if self.hidden_layers:
             options["output_hidden_states"] = True
-        with active(step), self._our_attention():
+        with active(step), self._our_attention(), self._operations:
             out = self.model(
-                input_ids=torch.from_numpy(input_ids)[None].to(self.device),
-                position_ids=torch.from_numpy(positions)[None].to(self.device),
+                input_ids=input_ids[None],
+                position_ids=positions[None],
                 attention_mask=self._dummy_mask,
                 use_cache=False,
                 **options,
             )
         if step.num_calls != len(self.calls):
             raise InternalError(f"the forward made {step.num_calls} attention calls, the probe saw {len(self.calls)}")
-        logits: torch.Tensor = out.logits[0] if self._keeps_logits else out.logits[0, rows]
+        logits: torch.Tensor = out.logits[0] if self._keeps_logits else out.logits[0, logit_rows]
         if not self.hidden_layers:
             return logits, None
         if not out.hidden_states or max(self.hidden_layers) >= len(out.hidden_states):
@@ -274,103 +323,3 @@ def _attention_configs(model: PreTrainedModel) -> list[Any]:
         if config is not None and hasattr(config, "_attn_implementation_internal"):
             found[id(config)] = config
     return list(found.values())
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _FlatBatch:
-    """All chunks of a step as one row of T tokens."""
-
-    layouts: list[QueryLayout]
-    input_ids: npt.NDArray[np.int64]  # [T]
-    positions: npt.NDArray[np.int64]  # [T]
-    tree_rows: npt.NDArray[np.int64]  # flat rows of the trees' nodes, tree after tree
-    cu_nodes: IntArray  # [trees + 1]
-
-
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _expand(
-    spans: npt.NDArray[np.int64],
-    parents: IntArray,
-    positions: npt.NDArray[np.int64],
-    ancestors: npt.NDArray[np.bool_],
-    tree_rows: npt.NDArray[np.int64],
-) -> int:
-    """Positions and ancestors of a flat batch, in one pass.
-
-    Args:
-        spans: [R, 3] int64: context length, prefix tokens and tree nodes of each chunk.
-        parents: the trees' parents, tree after tree.
-        positions: [T] int64, written: context length + depth in the chunk.
-        ancestors: [sum of T_r * T_r] bool, all False, written: per chunk a matrix, (i, j) True if j is i or above it.
-        tree_rows: [nodes] int64, written: the flat rows of the trees' nodes.
-
-    Returns:
-        -1, or the first node (among all trees' nodes) whose parent is not a node before it in its own tree.
-    """
-    start = 0
-    first_node = 0
-    first_bit = 0
-    for chunk in range(len(spans)):
-        num_cached, num_prefix, num_nodes = spans[chunk]
-        num_tokens = num_prefix + num_nodes
-        for token in range(num_tokens):
-            above = token - 1
-            node = token - num_prefix
-            if node >= 0:
-                tree_rows[first_node + node] = start + token
-                parent = parents[first_node + node]
-                if (parent != -1 if node == 0 else parent < 0) or parent >= node:
-                    return int(first_node + node)
-                above = num_prefix + parent
-            row = first_bit + token * num_tokens
-            if above >= 0:
-                positions[start + token] = positions[start + above] + 1
-                for column in range(above + 1):
-                    ancestors[row + column] = ancestors[first_bit + above * num_tokens + column]
-            else:
-                positions[start + token] = num_cached
-            ancestors[row + token] = True
-        start += num_tokens
-        first_node += num_nodes
-        first_bit += num_tokens * num_tokens
-    return -1
-
-
-def _flatten(chunks: Sequence[Chunk]) -> _FlatBatch:
-    """Lay the chunks out one after the other.
-
-    Raises:
-        InternalError: a tree's parents break their rule.
-    """
-    ids: list[IntArray] = []
-    parents: list[IntArray] = [np.empty(0, dtype=np.int32)]
-    spans: list[tuple[int, int, int]] = []
-    cu_nodes = [0]
-    for chunk in chunks:
-        ids.append(chunk.prefix_ids)
-        if chunk.tree is not None:
-            ids.append(chunk.tree.token_ids)
-            parents.append(chunk.tree.parents)
-            cu_nodes.append(cu_nodes[-1] + len(chunk.tree))
-        spans.append((chunk.state.num_cached, len(chunk.prefix_ids), chunk.num_tokens - len(chunk.prefix_ids)))
-    input_ids = np.concatenate(ids, dtype=np.int64)
-    positions = np.empty_like(input_ids)
-    ancestors = np.zeros(sum((prefix + nodes) ** 2 for _, prefix, nodes in spans), dtype=np.bool_)
-    tree_rows = np.empty(cu_nodes[-1], dtype=np.int64)
-    bad: int = _expand(np.array(spans, dtype=np.int64), np.concatenate(parents), positions, ancestors, tree_rows)
-    if bad >= 0:
-        raise InternalError(
-            f"a draft tree must have parents[0] = -1 and 0 <= parents[i] < i, but node {bad} of the "
-            f"step's trees has parent {np.concatenate(parents)[bad]}"
-        )
-    layouts: list[QueryLayout] = []
-    start = first_bit = 0
-    for chunk, (num_cached, num_prefix, num_nodes) in zip(chunks, spans, strict=True):
-        size = num_prefix + num_nodes
-        matrix = ancestors[first_bit : first_bit + size * size].reshape(size, size)
-        layouts.append(
-            QueryLayout(chunk.state.request_id, start, size, num_cached, positions[start : start + size], matrix)
-        )
-        start += size
-        first_bit += size * size
-    return _FlatBatch(layouts, input_ids, positions, tree_rows, np.array(cu_nodes, dtype=np.int32))

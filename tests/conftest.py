@@ -38,3 +38,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: Sequence[pytest.
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch sees none"))
+
+
+@pytest.fixture
+def fixed_order_products(monkeypatch):
+    """Interpreted products sum every element in one order, as a GPU's matrix units do.
+
+    The interpreter hands them to numpy, whose BLAS sums differently in the last rows of a tile than in the first ones:
+    equality of bits cannot be seen through that.
+    """
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def dot(_self, a, b, d, *_):
+        products = a.data.astype(d.data.dtype)[:, :, None] * b.data.astype(d.data.dtype)[None]
+        return interpreter.TensorHandle(np.add.reduce(products, axis=1) + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)

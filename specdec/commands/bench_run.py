@@ -3,6 +3,7 @@
 specdec bench --mode simulate --tokenizer DIR --traces FILE --out result.json
 specdec bench --mode replay --shape qwen2.5-0.5b --tokenizer DIR --traces FILE --out result.json
 specdec bench --mode serve --url http://localhost:8000 --rate 1,2,4 --out result.json
+specdec bench --gpu --out result.json
 specdec bench compare A.json B.json
 specdec bench report result.json --html report.html
 """
@@ -18,6 +19,7 @@ from typer.core import TyperGroup
 
 from specdec.commands import printing
 from specdec.commands.bench import bench
+from specdec.commands.bench_gpu import gpu
 from specdec.commands.bench_serve import serve
 from specdec.commands.bench_show import finish, numbers, show, slo_of
 from specdec.commands.loading import load_model
@@ -39,7 +41,9 @@ class _ByMode(TyperGroup):
         if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
             words = [word for arg in args for word in arg.split("=", 1)]
             mode = words[words.index("--mode") + 1 : words.index("--mode") + 2] if "--mode" in words else []
-            if mode == ["serve"]:
+            if "--gpu" in words:
+                args = ["gpu", *(arg for arg in args if arg != "--gpu")]
+            elif mode == ["serve"]:
                 args = ["serve", *(arg for arg in args if arg not in ("--mode", "serve", "--mode=serve"))]
             else:
                 args = ["retrieval" if "--parts" in words else "run", *args]
@@ -48,12 +52,14 @@ class _ByMode(TyperGroup):
 
 app = typer.Typer(
     cls=_ByMode,
-    help="Measure on recorded traffic. Without a command, --mode serve is `serve`, --parts is `retrieval`, else `run`.",
+    help="Measure on recorded traffic. Without a command, --gpu is `gpu`, --mode serve is `serve`, --parts is "
+    "`retrieval`, else `run`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 app.command("retrieval")(bench)
 app.command()(serve)
+app.command()(gpu)
 TracesOption = Annotated[
     list[Path] | None, typer.Option("--traces", help="A trace file or folder; may be repeated. None: built-in edits.")
 ]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DTypeName", "LoadedModel", "load_model"]
+__all__ = ["DTypeName", "LoadedModel", "find_device", "load_model"]
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -53,7 +53,7 @@ def load_model(
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # our own status line says what is going on
-    place = _device(device)
+    place = find_device(device)
     kind: Any = "auto" if dtype == "auto" and place.type != "cpu" else torch.float32
     if dtype != "auto":
         kind = getattr(torch, dtype, None)
@@ -76,7 +76,12 @@ def load_model(
     return LoadedModel(name, model, tokenizer)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` is the first GPU, or the CPU where there is none.
+
+    Raises:
+        ConfigError: this machine does not have it.
+    """
     import torch
 
     if name == "auto":

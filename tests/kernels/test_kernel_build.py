@@ -25,6 +25,6 @@ def test_every_kernel_compiles_for_every_architecture_without_a_spill(tmp_path):
     names = {row["name"] for row in rows}
     assert len(rows) == 4 * len(names)
     assert {row["architecture"] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    for kernel in ("tree attention", "verify", "kv commit", "top-k", "distillation"):
+    for kernel in ("tree attention", "verify", "kv commit", "top-k", "distillation", "strict product"):
         assert any(name.startswith(kernel) for name in names), kernel
     assert all(0 < row["registers"] <= 512 and row["stack_bytes"] == 0 for row in rows)

@@ -1,0 +1,296 @@
+"""Every bar that only a GPU can show, in one command of a few minutes.
+
+    specdec bench --gpu --out bench/results/gpu.json
+
+The parts run one after the other, the most telling first, until the time is up; a part that fails leaves its error in
+the result and the others run. ``--tiny`` runs all of it at toy sizes, on a CPU in Triton's interpreter if need be
+(``TRITON_INTERPRET=1``): its figures mean nothing, but a mistake in a benchmark shows before a GPU is there.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from specdec.bench import gpu_kernels, gpu_target
+from specdec.bench.gpu_clock import Clock
+from specdec.bench.targets import random_target
+from specdec.build import build_engine
+from specdec.routes import Route, choose_route
+from specdec.step_buffers import BUCKETS
+from specdec.tree_target import TreeTarget
+
+__all__ = ["FULL", "PARTS", "TINY", "Scale", "run_gpu_bench"]
+
+# Bars of the verdict: name -> (least, most), None where there is no such bound.
+_BARS: Mapping[str, tuple[float | None, float | None]] = {
+    "verify step over reading the weights": (None, 1.20),
+    "verify step over plain step": (None, 1.10),
+    "plain step faster than generate": (2.0, None),
+    "idle between steps, us": (None, 100.0),
+    "attention, least share of read bandwidth": (0.80, None),
+    "attention, least gain over its peers": (1.0, None),
+    "verification over reading the logits": (None, 2.0),
+    "KV commit, us": (None, 30.0),
+    "strict, differing requests": (None, 0.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How large everything is.
+
+    Args:
+        shape: of the model with random weights, see ``specdec.bench.targets``.
+        strict_shape: of the one that decodes thousands of tokens.
+        dtype: of both.
+        read_bytes: for the bandwidth.
+        heads: (query heads, KV heads, width) of the attention kernels.
+        batches: requests per attention call.
+        attention_contexts: cached tokens of each.
+        nodes: of the trees of attention and verification.
+        verify: (trees, vocabulary).
+        context: of the single steps.
+        verify_nodes: draft tokens of the verify step.
+        sizes: tokens of the cost curve's steps.
+        curve_contexts: of the cost curve.
+        strict: (requests, tokens each).
+        new_tokens: of the timed runs.
+        repeats: of every timing.
+    """
+
+    shape: str | dict[str, Any]
+    strict_shape: str | dict[str, Any]
+    dtype: torch.dtype
+    read_bytes: int
+    heads: tuple[int, int, int]
+    batches: tuple[int, ...]
+    attention_contexts: tuple[int, ...]
+    nodes: int
+    verify: tuple[int, int]
+    context: int
+    verify_nodes: int
+    sizes: tuple[int, ...]
+    curve_contexts: tuple[int, ...]
+    strict: tuple[int, int]
+    new_tokens: int
+    repeats: int
+
+
+FULL = Scale(
+    "llama-3-8b", "qwen2.5-0.5b", torch.bfloat16, 2**32, (32, 8, 128), (1, 8), (4096, 32_768, 131_072), 64,
+    (8, 151_936), 2048, 32, BUCKETS, (512, 2048, 8192, 32_768), (40, 250), 32, 20,
+)  # fmt: skip
+_TINY_SHAPE = {
+    "model_type": "llama", "vocab_size": 97, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,
+}  # fmt: skip
+TINY = Scale(
+    _TINY_SHAPE, _TINY_SHAPE, torch.float32, 2**12, (4, 2, 16), (1, 2), (20,), 3, (2, 50), 8, 2, (1, 3), (8,), (2, 3),
+    2, 1,
+)  # fmt: skip
+
+
+class _Bench:
+    """What the parts share."""
+
+    def __init__(self, scale: Scale, device: torch.device) -> None:
+        self.scale = scale
+        self.clock = Clock(device, repeats=scale.repeats)
+        self.device = device
+        self.read_gb_per_s = self.clock.read_gb_per_s(scale.read_bytes)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The large one."""
+        return self.make(self.scale.shape)
+
+    @cached_property
+    def route(self) -> Route:
+        """Of the large model."""
+        return choose_route(self.model, max_length=self.max_length, self_test=False)
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens of a request of any part."""
+        return max(self.scale.curve_contexts) + 4 * max(self.scale.sizes)
+
+    def make(self, shape: str | dict[str, Any]) -> PreTrainedModel:
+        """A model with random weights, made where it runs."""
+        dtype = str(self.scale.dtype).removeprefix("torch.")
+        return random_target(shape, dtype=dtype, device=str(self.device)).model
+
+    def options(self, **more: Any) -> dict[str, Any]:
+        """Of an engine."""
+        return {"kernels": "triton", "max_length": self.max_length, "max_batch_size": 4, **more}
+
+
+def _attention(bench: _Bench) -> list[dict[str, Any]]:
+    scale = bench.scale
+    return [
+        gpu_kernels.attention(
+            bench.clock, read_gb_per_s=bench.read_gb_per_s, num_requests=batch, context=context,
+            num_nodes=scale.nodes, heads=scale.heads, dtype=scale.dtype,
+        )
+        for context in scale.attention_contexts
+        for batch in scale.batches
+    ]  # fmt: skip
+
+
+def _verify(bench: _Bench) -> dict[str, Any]:
+    num_trees, vocab_size = bench.scale.verify
+    return gpu_kernels.verify(
+        bench.clock, read_gb_per_s=bench.read_gb_per_s, num_trees=num_trees, num_nodes=bench.scale.nodes,
+        vocab_size=vocab_size, dtype=bench.scale.dtype,
+    )  # fmt: skip
+
+
+def _commit(bench: _Bench) -> dict[str, Any]:
+    return gpu_kernels.commit(bench.clock, num_requests=8, num_reserved=bench.scale.nodes, num_columns=4096)
+
+
+def _steps(bench: _Bench) -> dict[str, Any]:
+    scale, model = bench.scale, bench.model
+    begin = bench.clock.wait()
+    with build_engine(
+        model, "none", budget=0, route=bench.route, **bench.options(kv_tokens=bench.max_length)
+    ) as engine:
+        seconds = bench.clock.wait() - begin
+        target = engine.target
+        assert isinstance(target, TreeTarget)
+        timer = gpu_target.StepTimer(target, bench.clock)
+        timer.set_context(scale.context)
+        plain, drafted = timer.ms(1), timer.ms(1 + scale.verify_nodes)
+        timer.close()
+        weight_bytes = sum(p.numel() * p.itemsize for p in model.parameters())
+        weight_bytes -= model.get_input_embeddings().weight.nbytes  # a step reads a few rows of it
+        read_ms = weight_bytes / bench.read_gb_per_s / 1e6
+        row: dict[str, Any] = {
+            "context": scale.context, "weight_bytes": weight_bytes, "read_weights_ms": read_ms, "plain_step_ms": plain,
+            "verify_step_ms": drafted, "start_s": seconds,
+            "graph_bytes": target.runner.graph_bytes if target.runner is not None else 0,
+        }  # fmt: skip
+        row["engine"] = gpu_target.idle_us(engine, bench.clock, context=scale.context, num_new=4 * scale.new_tokens)
+        curve = gpu_target.curve(timer, sizes=scale.sizes, contexts=scale.curve_contexts)
+    row["curve"] = curve
+    row["generate_step_ms"] = gpu_target.generate_ms(
+        model, bench.clock, context=scale.context, num_new=scale.new_tokens
+    )
+    return row
+
+
+def _eager(bench: _Bench) -> dict[str, Any]:
+    """What the graphs bring: the same steps launched one kernel at a time."""
+    options = bench.options(kv_tokens=bench.max_length, graphs=False)
+    with build_engine(bench.model, "none", budget=0, route=bench.route, **options) as engine:
+        assert isinstance(engine.target, TreeTarget)
+        timer = gpu_target.StepTimer(engine.target, bench.clock)
+        timer.set_context(bench.scale.context)
+        row = {"plain_step_ms": timer.ms(1), "verify_step_ms": timer.ms(1 + bench.scale.verify_nodes)}
+        timer.close()
+    return row
+
+
+def _strict(bench: _Bench) -> dict[str, Any]:
+    model = bench.make(bench.scale.strict_shape)
+    num_requests, num_new = bench.scale.strict
+    max_length = 32 + 5 * num_requests + num_new
+    route = choose_route(model, max_length=max_length, self_test=False)
+    options = bench.options(max_length=max_length, max_batch_size=16, kv_tokens=max(16 * max_length, 200), route=route)
+    return gpu_target.strict(model, bench.clock, num_requests=num_requests, num_new=num_new, options=options)
+
+
+PARTS: Mapping[str, Callable[[_Bench], Any]] = {
+    "verify": _verify,
+    "commit": _commit,
+    "attention": _attention,
+    "steps": _steps,
+    "steps_without_graphs": _eager,
+    "strict": _strict,
+}
+
+
+def run_gpu_bench(
+    scale: Scale,
+    device: torch.device,
+    *,
+    parts: Sequence[str] = tuple(PARTS),
+    seconds: float = 500.0,
+    on_progress: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:
+    """Run the parts that fit into the time.
+
+    Args:
+        scale: ``FULL`` or ``TINY``.
+        device: a CUDA device, or for ``TINY`` the CPU.
+        parts: of ``PARTS``.
+        seconds: no part begins after that.
+        on_progress: told what begins.
+
+    Returns:
+        The parts' results, their errors and seconds, and each bar with its figure: ready for ``write_json``.
+    """
+    begin = perf_counter()
+    bench = _Bench(scale, device)
+    results: dict[str, Any] = {"what": "bars of the GPU path", "read_gb_per_s": bench.read_gb_per_s}
+    errors: dict[str, str] = {}
+    took: dict[str, float] = {}
+    for name in parts:
+        start = perf_counter()
+        if start - begin > seconds:
+            errors[name] = f"did not begin: {seconds:.0f} s were over"
+            continue
+        on_progress(name)
+        try:
+            results[name] = PARTS[name](bench)
+        except Exception:  # noqa: BLE001  -- the other parts' figures are worth having
+            errors[name] = traceback.format_exc(limit=-4)
+        took[name] = perf_counter() - start
+    return {**results, "errors": errors, "seconds": took, "bars": _judged(results)}
+
+
+def _judged(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each bar that has a figure: the figure, the bounds, and whether it holds."""
+    judged = {}
+    for name, figure in _figures(results).items():
+        least, most = _BARS[name]
+        holds = (least is None or figure >= least) and (most is None or figure <= most)
+        judged[name] = {"figure": figure, "at_least": least, "at_most": most, "holds": holds}
+    return judged
+
+
+def _figures(results: Mapping[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    if steps := results.get("steps"):
+        found["verify step over reading the weights"] = steps["verify_step_ms"] / steps["read_weights_ms"]
+        found["verify step over plain step"] = steps["verify_step_ms"] / steps["plain_step_ms"]
+        found["plain step faster than generate"] = steps["generate_step_ms"] / steps["engine"]["step_ms"]
+        found["idle between steps, us"] = steps["engine"]["idle_us"]
+    if rows := results.get("attention"):
+        found["attention, least share of read bandwidth"] = min(row["share_of_read_bandwidth"] for row in rows)
+        gains = [
+            row[peer]["ours_is_faster_by"]
+            for row in rows
+            for peer in ("masked_sdpa", "flex_attention")
+            if "ours_is_faster_by" in row.get(peer, {})
+        ]
+        if gains:
+            found["attention, least gain over its peers"] = min(gains)
+    if verify := results.get("verify"):
+        found["verification over reading the logits"] = max(
+            verify[kind]["times_reading"] for kind in ("greedy", "sampled")
+        )
+    if commit := results.get("commit"):
+        found["KV commit, us"] = commit["us"]
+    if strict := results.get("strict"):
+        found["strict, differing requests"] = sum(
+            row["differing_requests"] for name, row in strict.items() if name.startswith("strict")
+        )
+    return found

@@ -1,0 +1,171 @@
+"""Runs a target's forwards with the Triton kernels: in buffers of the step's size, or of the next larger bucket.
+
+A bucket is a number of tokens whose launches never change: on a GPU they are captured once as a CUDA graph and a step
+costs one upload and one replay. A step that fits no bucket (a prompt chunk, a tree of unusual size) runs eagerly, with
+the same code on buffers of its own size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from specdec.device_tables import DeviceTables
+from specdec.errors import ConfigError
+from specdec.kernel_attention import KernelAttention
+from specdec.kv_cache import KVPool
+from specdec.step_buffers import Outputs, Step, StepBuffers, StepSizes
+
+__all__ = ["Capture", "Captured", "Forward", "KernelRunner", "capture_cuda_graphs"]
+
+_WORD_BITS = 32
+_COLUMN_STEP = 1024  # eager steps bound the columns by multiples of it: the number of splits stays put
+
+
+class Forward(Protocol):
+    """The model over one flat row."""
+
+    def __call__(self, step: KernelAttention, input_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Outputs:
+        """Logits of ``logit_rows`` [L] int64, and the hidden states that somebody reads; the others are [T] int64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A bucket's launches, made once.
+
+    Args:
+        replay: runs them on what its buffers hold; the outputs are overwritten by the next replay.
+        num_bytes: of device memory that they hold on to.
+    """
+
+    replay: Callable[[], Outputs]
+    num_bytes: int
+
+
+# Turns launches into something that repeats them.
+Capture: TypeAlias = Callable[[Callable[[], Outputs]], Captured]
+
+
+class KernelRunner:
+    """Forwards of a flat row of query tokens over a pool, on the device that holds it.
+
+    Args:
+        pool: whose slots of the query tokens have been reserved.
+        forward: the model.
+        max_length: most tokens of a request, drafts included.
+        max_batch_size: most requests of a step in a bucket.
+        device: of model and pool.
+        is_strict: a token's bits depend on its own path only.
+        buckets: numbers of tokens, ascending; none: everything runs eagerly.
+        max_earlier: most nodes of earlier forwards of a step, over all its requests, that a bucket has room for.
+    """
+
+    def __init__(
+        self,
+        pool: KVPool,
+        forward: Forward,
+        *,
+        max_length: int,
+        max_batch_size: int,
+        device: torch.device,
+        is_strict: bool = False,
+        buckets: Sequence[int] = (),
+        max_earlier: int = 0,
+    ) -> None:
+        if list(buckets) != sorted(set(buckets)) or (buckets and buckets[0] < 1):
+            raise ConfigError(f"buckets must be ascending numbers of tokens from 1 on, got {tuple(buckets)}")
+        self._pool = pool
+        self._forward = forward
+        self._is_strict = is_strict
+        self._tables = DeviceTables(pool, 2 * max_batch_size, max_length, device)
+        self._sizes = [self._bucket_sizes(tokens, max_batch_size, max_earlier) for tokens in buckets]
+        self._captured: dict[int, tuple[StepBuffers, Captured]] = {}  # index into _sizes
+        self.num_replays = 0
+        self.num_eager = 0
+
+    @property
+    def graph_bytes(self) -> int:
+        """Device memory that captured graphs hold on to."""
+        return sum(captured.num_bytes for _, captured in self._captured.values())
+
+    def capture(self, capture: Capture, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Capture every bucket, the largest first: the smaller ones then live in its memory.
+
+        Args:
+            capture: see ``Capture``; on a GPU ``capture_cuda_graphs``.
+            on_progress: (buckets done, buckets in all).
+        """
+        for done, index in enumerate(reversed(range(len(self._sizes)))):
+            buffers = StepBuffers(self._sizes[index], self._pool, self._tables)
+            self._captured[index] = buffers, capture(lambda buffers=buffers: self._launch(buffers, None))  # type: ignore[misc]
+            on_progress(done + 1, len(self._sizes))
+
+    def forget_captured(self) -> None:
+        """Run everything eagerly from now on."""
+        self._captured.clear()
+
+    def run(self, step: Step) -> Outputs:
+        """One forward. The outputs of a captured bucket live until its next step."""
+        edits = self._tables.edits([layout.request_id for layout in step.layouts])
+        needed = step.sizes(len(edits[0]), has_paths=self._is_strict)
+        index = next((i for i, sizes in enumerate(self._sizes) if needed.fit_in(sizes)), None)
+        if index is None or index not in self._captured:
+            self.num_eager += 1
+            buffers = StepBuffers(needed, self._pool, self._tables)
+            buffers.put(step, edits)
+            columns = max(layout.num_cached + layout.ancestors.shape[1] for layout in step.layouts)
+            return self._launch(buffers, -(-columns // _COLUMN_STEP) * _COLUMN_STEP)
+        self.num_replays += 1
+        buffers, captured = self._captured[index]
+        buffers.put(step, edits)
+        logits, hidden = captured.replay()
+        return logits[: needed.num_logits], None if hidden is None else hidden[: needed.num_tokens]
+
+    def _bucket_sizes(self, tokens: int, max_batch_size: int, max_earlier: int) -> StepSizes:
+        # What was sent for a step's tree is sent again for its accepted nodes, at most, with the next tree.
+        num_edits = len(self._pool.groups) * 2 * max(tokens, 64)
+        num_words = -(-(tokens + max_earlier) // _WORD_BITS)
+        return StepSizes(
+            tokens, max_batch_size, tokens + max_earlier, num_edits, tokens, num_words,
+            tokens + max_earlier if self._is_strict else 0,
+        )  # fmt: skip
+
+    def _launch(self, buffers: StepBuffers, max_columns: int | None) -> Outputs:
+        on = buffers.device
+        self._tables.write(on["edit_places"], on["edit_slots"])
+        columns = min(max_columns or self._tables.num_columns, self._tables.num_columns)
+        step = KernelAttention(self._pool, buffers.batches(columns), buffers.slots(), is_strict=self._is_strict)
+        return self._forward(step, on["input_ids"].long(), on["positions"].long(), on["logit_rows"].long())
+
+
+def capture_cuda_graphs(device: torch.device) -> Capture:
+    """A ``Capture`` that records CUDA graphs, all in one memory pool.
+
+    Source: torch's notes on CUDA graphs: warm up on a side stream, then capture.
+    """
+    memory = torch.cuda.graph_pool_handle()
+
+    def capture(launch: Callable[[], Outputs]) -> Captured:
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles kernels, and lets libraries make their handles
+                launch()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_reserved(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+            outputs = launch()
+
+        def replay() -> Outputs:
+            graph.replay()
+            return outputs
+
+        return Captured(replay, max(torch.cuda.memory_reserved(device) - before, 0))
+
+    return capture

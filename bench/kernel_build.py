@@ -33,6 +33,7 @@ from specdec.kernels import (
     tree_attention_triton,
     verify,
 )
+from specdec.kernels.distillation_reference import LOSSES
 
 __all__ = ["ARCHITECTURES", "Usage", "Variant", "build", "main", "variants"]
 
@@ -151,7 +152,7 @@ def _others() -> Iterator[Variant]:
         )
     types = _types(strict_products._mean, {"BLOCK": strict_products._BLOCK}, {"X": "*fp32", "Out": "*fp32"})
     yield Variant("strict mean", strict_products._mean, types, {"BLOCK": strict_products._BLOCK}, {"num_warps": 4})
-    for kind, loss in enumerate(distillation.LOSSES):
+    for kind, loss in enumerate(LOSSES):
         constants = {"KIND": kind, "BLOCK": distillation._BLOCK}
         pointers = {"Student": "*bf16", "Teacher": "*bf16", "Losses": "*fp32", "Gradient": "*bf16"}
         types = _types(distillation._distill, constants, pointers)

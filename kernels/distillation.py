@@ -16,22 +16,21 @@ total_variation      1/2 sum abs(p - q)        1/2 q_i (s_i - sum q s),  s = sig
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from specdec.kernels.distillation_reference import FLOOR, LOSSES, distillation_loss_reference
 from specdec.kernels.launch import Backend, check_tensor, uses_triton
 
-__all__ = ["LOSSES", "distillation_loss", "distillation_loss_reference"]
+__all__ = ["distillation_loss"]
 
-LOSSES: Final = ("forward_kl", "reverse_kl", "total_variation")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK = 4096
-# A log-probability below this counts as this: a token that one side excludes must not make a loss infinite.
-_FLOOR = tl.constexpr(-80.0)
+_FLOOR = tl.constexpr(FLOOR)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, loss: str, *, backend: Backend = "auto") -> Tensor:
@@ -57,18 +56,6 @@ def distillation_loss(student: Tensor, teacher: Tensor, loss: str, *, backend: B
         return distillation_loss_reference(student, teacher, loss)
     result: Tensor = _Distillation.apply(student, teacher, LOSSES.index(loss))  # type: ignore[no-untyped-call]
     return result
-
-
-def distillation_loss_reference(student: Tensor, teacher: Tensor, loss: str) -> Tensor:
-    """The same in torch; float64 stays float64."""
-    wide = torch.promote_types(student.dtype, torch.float32)
-    log_q = student.to(wide).log_softmax(-1).clamp_min(_FLOOR.value)
-    log_p = teacher.detach().to(wide).log_softmax(-1).clamp_min(_FLOOR.value)
-    if loss == "forward_kl":
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
-    if loss == "reverse_kl":
-        return (log_q.exp() * (log_q - log_p)).sum(-1)
-    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
 
 
 class _Distillation(torch.autograd.Function):

@@ -19,8 +19,10 @@ from specdec.commands.corpus import corpus
 from specdec.commands.demo import demo
 from specdec.commands.doctor import doctor
 from specdec.commands.generate import generate
+from specdec.commands.regenerate import regenerate
 from specdec.commands.serve import keys, serve
 from specdec.commands.sidecar import sidecar
+from specdec.commands.train import train
 from specdec.errors import InternalError, SpecdecError
 
 __all__ = ["app", "main"]
@@ -61,6 +63,8 @@ app.command()(keys)
 app.command()(sidecar)
 app.add_typer(bench, name="bench")
 app.add_typer(corpus)
+app.command()(regenerate)
+app.command()(train)
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from specdec.kernels.distillation import LOSSES, distillation_loss, distillation_loss_reference
+from specdec.kernels.distillation import distillation_loss
+from specdec.kernels.distillation_reference import LOSSES, distillation_loss_reference
 from specdec.kernels.kv_commit import kv_commit, kv_commit_reference
 from specdec.kernels.launch import uses_triton
 from specdec.kernels.top_k import top_k, top_k_reference

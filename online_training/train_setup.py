@@ -1,0 +1,152 @@
+"""From what a run asks for to a module in training: which drafter, from which weights, on which device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.distributed as dist
+
+from specdec.drafters.eagle_files import read_files
+from specdec.drafters.lm_loading import load_model
+from specdec.errors import ConfigError, UnsupportedError
+from specdec.online_training.data import Example, frequent_ids, read_examples
+from specdec.online_training.features import TargetFeatures
+from specdec.online_training.train_eagle import EagleModule, EagleOptions
+from specdec.online_training.train_lm import LmModule, LmOptions, first_layers
+from specdec.online_training.train_module import DraftModule
+from specdec.online_training.train_start import new_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["DrafterPlan", "build_module", "join_group", "read_data"]
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterPlan:
+    """Which drafter is to be trained.
+
+    Args:
+        kind: ``eagle3`` or ``lm``.
+        layers: whose states an EAGLE-3 head reads, as indices into ``output_hidden_states``; None: 0, N // 2, N - 3:
+            the published ones except that the lowest is the embedding, see ``train_start``.
+        layout: of an EAGLE-3 head: ``speculators`` (vLLM) or ``specforge`` (SGLang), see ``train_export``.
+        draft_vocab: size of an EAGLE-3 head's vocabulary; None: the target's.
+        depth: steps of the training-time test, or tokens that a draft model's simulated length looks ahead; None: 7, 4.
+        num_layers: of a new draft model.
+        mix: names and factors of the losses.
+        init: a drafter to begin from.
+        max_length: longest text of the training.
+        seed: of new weights.
+    """
+
+    kind: Literal["eagle3", "lm"]
+    layers: tuple[int, ...] | None = None
+    layout: Literal["speculators", "specforge"] = "speculators"
+    draft_vocab: int | None = None
+    depth: int | None = None
+    num_layers: int = 2
+    mix: Mapping[str, float] = field(default_factory=lambda: {"forward_kl": 1.0})
+    init: Path | None = None
+    max_length: int = 2048
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind != "eagle3" and (self.layers is not None or self.draft_vocab is not None):
+            raise ConfigError(f"layers and draft_vocab belong to eagle3, not to {self.kind}")
+        if self.init is not None and (self.layers is not None or self.draft_vocab is not None):
+            raise ConfigError("a drafter to begin from brings its own layers and vocabulary: leave them out")
+
+
+def read_data(
+    paths: Sequence[Path], target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, max_length: int
+) -> list[Example]:
+    """The examples of some files, checked against the target.
+
+    Raises:
+        ConfigError: ``max_length`` is more than the target's context.
+        LoadError: see ``read_examples``.
+    """
+    text = target.config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
+    if context and max_length > context:
+        raise ConfigError(f"max_length must be at most the target's context of {context} tokens, got {max_length}")
+    return read_examples(paths, max_length=max_length, vocab_size=int(text.vocab_size), tokenizer=tokenizer)
+
+
+def build_module(
+    plan: DrafterPlan,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    examples: Sequence[Example],
+    *,
+    cache: Path | None = None,
+) -> tuple[DraftModule, TargetFeatures]:
+    """The drafter in training, and the source of the states that it learns from, both on the target's device.
+
+    Raises:
+        ConfigError: the plan does not fit the target.
+        LoadError: the drafter to begin from cannot be read or does not fit the target.
+        UnsupportedError: the target's states or logits cannot be had, or the drafter is of a kind that is not trained.
+    """
+    if plan.kind == "lm":
+        features = TargetFeatures(target, (), cache=cache)
+        small = first_layers(target, plan.num_layers) if plan.init is None else load_model(plan.init, target)
+        return LmModule(small, features, options=LmOptions(plan.depth or 4, plan.mix), tokenizer=tokenizer), features
+    module = _eagle(plan, target, examples, cache)
+    return module.to(target.device), module.features
+
+
+def _eagle(plan: DrafterPlan, target: PreTrainedModel, examples: Sequence[Example], cache: Path | None) -> EagleModule:
+    text = target.config.get_text_config()
+    vocab_size, num_layers = int(text.vocab_size), int(text.num_hidden_layers)
+    options = EagleOptions(plan.depth or 7, mix=plan.mix)
+    if plan.init is not None:
+        files = read_files(plan.init)
+        if files.version != 3:
+            raise UnsupportedError(f"{plan.init} is an EAGLE head of version 1 or 2; only EAGLE-3 heads are trained")
+        config, ids = files.head_config(text), files.target_ids(vocab_size)
+        weights = {name: weight for name, weight in files.weights.items() if name not in ("d2t", "t2d")}
+        if "embed_tokens.weight" in weights:
+            raise UnsupportedError(
+                f"{plan.init} has an embedding of its own; only heads that use the target's are trained"
+            )
+    else:
+        layers = plan.layers or (0, num_layers // 2, max(num_layers - 3, 0))
+        if not all(0 <= layer <= num_layers for layer in layers):
+            raise ConfigError(f"layers must be in 0..{num_layers}, got {layers}")
+        ids = frequent_ids(examples, plan.draft_vocab or vocab_size, vocab_size)
+        config, weights = new_head(
+            target, layers=layers, target_ids=ids, norm_before_residual=plan.layout == "speculators",
+            max_length=plan.max_length, seed=plan.seed,
+        )  # fmt: skip
+    features = TargetFeatures(target, config.hidden_layers, cache=cache)
+    ids = None if ids is None else ids.to(target.device)
+    on_device = {name: weight.to(target.device) for name, weight in weights.items()}
+    return EagleModule(config, on_device, features, target_ids=ids, options=options)
+
+
+@contextmanager
+def join_group(device: str) -> Iterator[str]:
+    """The device of this process; under ``torchrun`` its process group exists while the block runs.
+
+    NCCL where there are GPUs, gloo elsewhere.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield device
+        return
+    is_cuda = device != "cpu" and torch.cuda.is_available()
+    if is_cuda:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if is_cuda else "gloo")
+    try:
+        yield device if is_cuda else "cpu"
+    finally:
+        dist.destroy_process_group()

@@ -9,9 +9,13 @@ from torch import Tensor, nn
 
 __all__ = ["rms_norm", "rotary_embedding", "rotate", "rotate_pairs", "spread_over_vocabulary"]
 
+_BY_LENGTH = ("dynamic", "longrope")  # scalings that follow the length of the text
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm of [..., D], its scale computed in float32."""
+    if x.dtype == weight.dtype == torch.float32 and weight.ndim == 1:
+        return nn.functional.rms_norm(x, weight.shape, weight, eps)
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return weight * (wide * scale).to(x.dtype)
@@ -54,7 +58,27 @@ def rotary_embedding(
         rope_parameters=dict(rope),
     )
     rotary: nn.Module = LlamaRotaryEmbedding(shape)
-    return rotary
+    return (
+        rotary if rope.get("rope_type", "default") in _BY_LENGTH else _RotaryTable(rotary, rows=min(max_length, 4096))
+    )
+
+
+class _RotaryTable(nn.Module):
+    """Cosines and sines looked up by position: a level of a draft is so small that computing them is felt."""
+
+    def __init__(self, rotary: nn.Module, *, rows: int) -> None:
+        super().__init__()
+        self._rotary, self._rows = rotary, rows
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """[1, T, D] each, in the dtype of x, for positions [1, T] int64."""
+        last, tables = int(positions.max()), self._tables
+        if tables is None or len(tables[0]) <= last or (tables[0].dtype, tables[0].device) != (x.dtype, x.device):
+            self._rows = max(self._rows, 2 * last)
+            cos, sin = self._rotary(x, torch.arange(self._rows, device=x.device)[None])
+            tables = self._tables = cos[0], sin[0]
+        return tables[0][positions], tables[1][positions]
 
 
 def spread_over_vocabulary(logits: Tensor, target_ids: Tensor | None, vocab_size: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 
 from specdec.drafters.growing import GrowingCache, Growth, chain_growth
 from specdec.errors import UnsupportedError
+from specdec.packed_linear import pack_linears, unpack_linears
 from specdec.routes import choose_route
 from specdec.tree_target import TreeTarget
 from specdec.types import IntArray
@@ -67,6 +68,14 @@ class DraftModel:
         self.vocab_size = self._target.vocab_size
         self.device = self._target.device
         self._cache = GrowingCache(self._target.pool)
+
+    def pack(self) -> None:
+        """Bring the weights of linear layers into the layout in which a CPU reads them (`specdec.packed_linear`)."""
+        pack_linears(self._target.model, self)
+
+    def unpack(self) -> None:
+        """Give the weights back as they were; without ``pack`` nothing happens."""
+        unpack_linears(self._target.model, self)
 
     @property
     def hf_model(self) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from torch import Tensor
 from specdec.attention import StepAttention, TailMasks
 from specdec.drafters.eagle_head import EagleHead
 from specdec.drafters.growing import GrowingCache, Growth
-from specdec.drafters.levels import search_trees
+from specdec.drafters.levels import Words, search_trees
 from specdec.drafters.state_reader import PIECE, StateReader
 from specdec.drafters.tree_search import SearchLimits, TreeSearch
 from specdec.errors import ConfigError
@@ -66,8 +66,10 @@ class EagleDrafter:
             raise ConfigError(f"min_gain must be >= 0, got {min_gain}")
         config = head.config
         self.head = head
+        head.pack()
         self.needs = DrafterNeeds(hidden_layers=config.hidden_layers, needs_match=True)
         self._vocab_size = vocab_size
+        self._words = None if head.target_ids is None else Words(head.target_ids, vocab_size)
         self._limits = SearchLimits(top_k, top_k, depth, min_gain or None)
         shape = CallShape(config.num_kv_heads, config.head_dim, config.head_dim)
         self._cache = GrowingCache(
@@ -128,10 +130,13 @@ class EagleDrafter:
                 return None
             inputs = self.head.feedback(outputs[torch.from_numpy(parent_rows).to(outputs.device)])
             outputs = self._forward(growths, inputs)
-            return self.head.target_logits(outputs, self._vocab_size)
+            return self._logits(outputs)
 
-        logits = self.head.target_logits(last, self._vocab_size)
-        return search_trees(states, searches, logits, self._limits.top_k, grow)
+        return search_trees(states, searches, self._logits(last), self._limits.top_k, grow, self._words)
+
+    def _logits(self, outputs: Tensor) -> Tensor:
+        logits = self.head.logits(outputs)
+        return logits if self._words is not None else logits[:, : self._vocab_size]
 
     def _forward(self, growths: Sequence[Growth], inputs: Tensor) -> Tensor:
         """One pass of the head over new rows, whose slots are reserved: [T, H]."""

@@ -13,14 +13,15 @@ norms of each fused state (``fc_norm``) and normed feedback (``norm_output``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 from specdec.drafters.decoder_parts import rms_norm, rotary_embedding, rotate, spread_over_vocabulary
+from specdec.drafters.products import Products
 
 __all__ = ["Attend", "EagleConfig", "EagleHead", "attend_causally"]
 
@@ -74,7 +75,7 @@ class EagleHead:
         config: its shape.
         weights: by the names of the ``speculators`` layout (``layers.0.*``), all of one dtype, on one device.
         embed: ids [T] -> [T, H]: the target's embedding, or the head's own.
-        project: [T, H] -> [T, D]: the head's own ``lm_head``, or the target's.
+        project: [T, H] -> [T, D]: the target's ``lm_head``, for a head without one.
         target_ids: [D] int64: the target's id of every draft id; None: they are the same.
     """
 
@@ -96,6 +97,11 @@ class EagleHead:
             config.rope, hidden_size=config.hidden_size, num_heads=config.num_heads, head_dim=config.head_dim,
             max_length=config.max_length,
         ).to(self.device)  # fmt: skip
+        self._products = Products()
+
+    def pack(self) -> None:
+        """Compute from packed copies of the weights from now on, where that pays: no gradients any more."""
+        self._products.is_packing = True
 
     def fuse(self, states: Tensor) -> Tensor:
         """[T, H] inputs from the target's states [T, layers * E] at the same tokens."""
@@ -137,10 +143,10 @@ class EagleHead:
         return self._norm("norm", outputs) if self.config.norm_output else outputs
 
     def logits(self, outputs: Tensor) -> Tensor:
-        """[T, D] over the draft vocabulary."""
+        """[T, D] over the head's own vocabulary."""
         if self.config.version == 3:
             outputs = self._norm("norm", outputs)
-        return self._project(outputs)
+        return self._linear("lm_head", outputs) if "lm_head.weight" in self.weights else self._project(outputs)
 
     def target_logits(self, outputs: Tensor, vocab_size: int) -> Tensor:
         """[T, V] over the target's vocabulary; tokens that the head does not know are at -inf."""
@@ -149,10 +155,8 @@ class EagleHead:
     def _attention(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         config, name = self.config, "layers.0.self_attn"
         cos, sin = self._rotary(x[None], positions[None])  # [1, T, D]
-        query, key, value = (
-            self._linear(f"{name}.{part}_proj", x).unflatten(-1, (heads, config.head_dim))
-            for part, heads in (("q", config.num_heads), ("k", config.num_kv_heads), ("v", config.num_kv_heads))
-        )
+        parts = self._linears(x, *(f"{name}.{part}_proj" for part in "qkv"))
+        query, key, value = (part.unflatten(-1, (-1, config.head_dim)) for part in parts)
         if f"{name}.q_norm.weight" in self.weights:
             query, key = self._norm(f"{name}.q_norm", query), self._norm(f"{name}.k_norm", key)
         query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))  # [1, heads, T, D]
@@ -160,11 +164,14 @@ class EagleHead:
         return self._linear(f"{name}.o_proj", out[0].flatten(1))
 
     def _mlp(self, x: Tensor) -> Tensor:
-        gate, up = (self._linear(f"layers.0.mlp.{part}_proj", x) for part in ("gate", "up"))
+        gate, up = self._linears(x, "layers.0.mlp.gate_proj", "layers.0.mlp.up_proj")
         return self._linear("layers.0.mlp.down_proj", silu(gate) * up)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        return linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+        return self._linears(x, name)[0]
+
+    def _linears(self, x: Tensor, *names: str) -> Sequence[Tensor]:
+        return self._products.of(self.weights, x, *names)
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         return rms_norm(x, self.weights[f"{name}.weight"], self.config.eps)

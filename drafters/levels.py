@@ -14,22 +14,36 @@ from specdec.drafters.tree_search import Frontier, TreeSearch
 from specdec.rng import TARGET, gumbel
 from specdec.types import DraftTree, RequestState
 
-__all__ = ["best_children", "search_trees"]
+__all__ = ["Words", "best_children", "search_trees"]
 
 # (new nodes by request, for each of them the rows of the last logits that their parents are) -> their logits, or None
 Grow: TypeAlias = Callable[[Sequence[Growth], npt.NDArray[np.int64]], Tensor | None]
 
 
+class Words:
+    """The words of a drafter that knows only some of the target's.
+
+    Args:
+        target_ids: [D] int64: the target's id of each.
+        vocab_size: V of the target.
+    """
+
+    def __init__(self, target_ids: Tensor, vocab_size: int) -> None:
+        self.target_ids, self.vocab_size = target_ids, vocab_size
+        self.ids = target_ids.cpu().numpy()
+
+
 def best_children(
-    logits: Tensor, states: Sequence[RequestState], depths: Sequence[int], count: int
+    logits: Tensor, states: Sequence[RequestState], depths: Sequence[int], count: int, words: Words | None = None
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """The likeliest tokens of the target after some draft nodes, as far as a draft model can tell.
 
     Args:
-        logits: [M, V] of the draft model, one row per node.
+        logits: [M, D] of the drafter, one row per node.
         states: M: whose node each is.
         depths: M: of the children, 1 = the children of the root.
         count: K.
+        words: what the columns of ``logits`` stand for; None: the target's ids.
 
     Returns:
         Token ids [M, K] int64, best first, and the log of their chances [M, K] float64.
@@ -40,17 +54,25 @@ def best_children(
         seeds = np.array([states[row].request.sampling.seed for row in sampled], dtype=np.uint64)
         places = np.array([states[row].num_tokens + depths[row] - 1 for row in sampled], dtype=np.uint64)
         keys, which = np.unique(np.stack([seeds, places]), axis=1, return_inverse=True)  # nodes of a level share noise
-        noise = gumbel(keys[0], keys[1], scores.shape[1], device=scores.device, stream=TARGET)
+        num_words = scores.shape[1] if words is None else words.vocab_size
+        noise = gumbel(keys[0], keys[1], num_words, device=scores.device, stream=TARGET)
+        noise = noise if words is None else noise[:, words.target_ids]
         heat = tensor([states[row].request.sampling.temperature for row in sampled], device=scores.device)
         scores = scores.clone()
         scores[sampled] = scores[sampled] / heat[:, None] + noise[from_numpy(which.ravel()).to(scores.device)]
     best = scores.topk(min(count, scores.shape[1]), dim=-1)
     log_probs = best.values - scores.logsumexp(dim=-1, keepdim=True)
-    return best.indices.cpu().numpy(), log_probs.double().cpu().numpy()
+    ids = best.indices.cpu().numpy()
+    return ids if words is None else words.ids[ids], log_probs.double().cpu().numpy()
 
 
 def search_trees(
-    states: Sequence[RequestState], searches: Sequence[TreeSearch], logits: Tensor, top_k: int, grow: Grow
+    states: Sequence[RequestState],
+    searches: Sequence[TreeSearch],
+    logits: Tensor,
+    top_k: int,
+    grow: Grow,
+    words: Words | None = None,
 ) -> list[DraftTree]:
     """Run the searches of a batch side by side: each level of all of them is one call of ``grow``.
 
@@ -60,6 +82,7 @@ def search_trees(
         logits: [R, V] after their roots.
         top_k: children per node.
         grow: scores new nodes; None ends all searches.
+        words: what the columns of all logits stand for; None: the target's ids.
     """
     growing = list(range(len(states)))
     num_grown = [0] * len(states)  # nodes that were scored
@@ -67,7 +90,7 @@ def search_trees(
     depth = 1
     while growing:
         owners = [states[one] for one in growing for _ in range(sizes[one])]
-        ids, log_probs = best_children(logits, owners, [depth] * len(owners), top_k)
+        ids, log_probs = best_children(logits, owners, [depth] * len(owners), top_k, words)
         frontiers: dict[int, tuple[Frontier, int]] = {}
         start = 0
         for one in growing:

@@ -74,6 +74,7 @@ class LmDrafter:
     @property
     def named_weights(self) -> Mapping[str, Tensor]:
         """The draft model's own tensors by their names in a checkpoint; what is copied into them holds at once."""
+        self.model.unpack()  # what is copied into a packed form's dense copy would be lost
         weights: Mapping[str, Tensor] = self.model.hf_model.state_dict()
         return weights
 

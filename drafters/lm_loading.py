@@ -14,6 +14,7 @@ from specdec.drafters.fuzzy_layers import FuzzyLayers
 from specdec.drafters.lm import LmDrafter
 from specdec.drafters.lm_text import TextLmDrafter
 from specdec.errors import ConfigError, LoadError, UnsupportedError
+from specdec.packed_linear import packing_obstacle
 from specdec.protocols import Drafter, Draws
 from specdec.rope import freeze_rope
 
@@ -63,6 +64,7 @@ def load_lm(
     max_requests: int = 64,
     groups_of: int = 1,
     force: int = 0,
+    packed: int = 1,
     **options: Any,
 ) -> Drafter:
     """The drafter of ``lm:PATH``.
@@ -76,6 +78,7 @@ def load_lm(
         max_requests: most requests that it drafts for at a time.
         groups_of: layers whose attentions run at the same time, see ``load_layer_parallel``.
         force: 1: use groups in one process too, where they gain nothing, to see what they cost in acceptance.
+        packed: 1: pack the weights on a CPU, where they can be (`specdec.packed_linear`).
         **options: of ``LmDrafter``, or of ``TextLmDrafter`` where the tokenizers differ.
 
     Raises:
@@ -94,6 +97,8 @@ def load_lm(
         small, kv_tokens=kv_tokens, max_length=length, max_requests=max_requests,
         around_growth=nullcontext if fuzzy is None else fuzzy.active,
     )  # fmt: skip
+    if packed and packing_obstacle(small) is None:
+        scorer.pack()
     vocab_size = int(target.config.get_text_config().vocab_size)
     own = tokenizer_of(path)
     if own is not None and tokenizer is not None and not same_tokens(own, tokenizer):

@@ -23,7 +23,15 @@ from torch import nn
 
 from specdec.errors import UnsupportedError
 
-__all__ = ["PackedEmbedding", "PackedLinear", "pack_linears", "packing_obstacle", "unpack_linears"]
+__all__ = [
+    "PackedEmbedding",
+    "PackedLinear",
+    "pack_linears",
+    "pack_weight",
+    "packed_product",
+    "packing_obstacle",
+    "unpack_linears",
+]
 
 _LANES: Final = 64  # output features side by side in the blocked layout
 # Elements below which a dense product of one row is faster: there a call's fixed cost is what counts (10 us against 2
@@ -102,8 +110,7 @@ class PackedLinear(_Packed):
         num_rows = len(rows)
         if num_rows == 1 and self.strict_holders:  # one row alone may take another path through oneDNN
             rows = torch.cat((rows, rows))
-        out = torch.ops.mkldnn._linear_pointwise.default(rows, self.weight, self.bias, "none", [], "")
-        return out[:num_rows].view(*x.shape[:-1], self.out_features)  # type: ignore[no-any-return]
+        return packed_product(rows, self.weight, self.bias)[:num_rows].view(*x.shape[:-1], self.out_features)
 
 
 class PackedEmbedding(_Packed):
@@ -209,6 +216,25 @@ def unpack_linears(model: nn.Module, holder: Hashable | None = None) -> None:
                 packed.strict_holders -= gone
             if not packed.holders:
                 setattr(parent, name, packed.restored())
+
+
+def pack_weight(weight: torch.Tensor) -> torch.Tensor | None:
+    """A packed copy of a weight [N, K] for ``packed_product``; None where that is impossible or does not pay."""
+    least = _LEAST_ELEMENTS.get(weight.dtype)
+    if weight.device.type != "cpu" or least is None or weight.numel() < least:
+        return None
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return None
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    with torch.inference_mode(False), torch.no_grad():
+        return _reorder(weight)
+
+
+def packed_product(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """[T, N] from rows [T, K] and a packed weight, without gradients."""
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, packed, bias, "none", [], "")
+    return out
 
 
 def _children(model: nn.Module, kind: type[Any]) -> Iterator[tuple[nn.Module, str, Any]]:

@@ -233,4 +233,8 @@ def _usage(usage: Mapping[str, Any] | None, prompt_tokens: int, earlier_tokens: 
         "completion_tokens": completion,
         "total_tokens": prompt_tokens + completion,
     }
-    return {name: own.get(name, value) for name, value in usage.items()}
+    counts = {name: own.get(name, value) for name, value in usage.items()}
+    details = counts.get("prompt_tokens_details")
+    if isinstance(details, dict) and isinstance(details.get("cached_tokens"), int):
+        counts["prompt_tokens_details"] = {**details, "cached_tokens": min(details["cached_tokens"], prompt_tokens)}
+    return counts

@@ -61,15 +61,15 @@ class PlanOptions:
     Args:
         max_branches: beside the base stream: 1 races one long draft, more make a grid.
         max_draft: most draft tokens ahead, at most 256.
-        min_match: least tokens that a segment has.
+        min_segment: least tokens between two offsets.
         min_probability: that the base stream reaches a branch's offset.
         min_gain_s: least expected saving.
     """
 
     max_branches: int = 1
     max_draft: int = 128
-    min_segment: int = 8
-    min_probability: float = 0.5
+    min_segment: int = 4
+    min_probability: float = 0.1
     min_gain_s: float = 0.04
 
     def __post_init__(self) -> None:
@@ -111,12 +111,9 @@ def best_layout(reach: Sequence[float], timing: Timing, options: PlanOptions) ->
     likely = sum(1 for probability in reach[: options.max_draft] if probability >= options.min_probability)
     # A branch that opens later than the base stream arrives saves nothing.
     shortest = max(options.min_segment, int(timing.open_s / step_s) + 2)
-    for count in range(1, options.max_branches + 1):
-        segment = likely // count
-        if segment < shortest:
-            break
-        offsets = tuple(segment * (index + 1) for index in range(count))
-        gain_s = sum(reach[offset - 1] for offset in offsets) * segment * step_s - reach[offsets[0] - 1] * timing.open_s
+    for segment in range(shortest, likely + 1):
+        offsets = tuple(range(segment, min(likely, segment * options.max_branches) + 1, segment))
+        gain_s = sum(reach[offset - 1] for offset in offsets) * segment * step_s - reach[segment - 1] * timing.open_s
         if gain_s > best.gain_s:
             best = Layout(offsets, gain_s)
     return best if best.gain_s >= options.min_gain_s else Layout()

@@ -4,10 +4,11 @@
     python -m specdec.bench.sidecar_speed traces/*.jsonl.gz --json bench/results/sidecar_speed.json
 
 Overhead, without traces: a server of canned answers in a process of its own, asked directly and through sidecars, in
-turns. Speed: ``specdec serve`` reciting recorded answers at a time per step that large models have, asked directly, through a sidecar
-that races, through one that opens a grid, and, for comparison, with the suffix drafter inside the server. The calls of
-an episode come in order, so the sidecar knows what earlier calls brought. The model's prediction is the segment rule
-computed on the same answers from the median step and the sidecar's own measure of the time to open a continuation.
+turns. Speed: ``specdec serve`` reciting recorded answers at a time per step that large models have, asked directly,
+through a sidecar that races, through one that opens a grid, and, for comparison, with the suffix drafter inside the
+server. The calls of an episode come in order, so the sidecar knows what earlier calls brought. The model's prediction
+is the segment rule computed on the same answers, from the median step and the sidecar's own measure of the time to open
+a continuation.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ async def _latencies(urls: Mapping[str, str], rounds: int) -> dict[str, dict[str
     async with aiohttp.ClientSession() as session:
         for index in range(rounds + 20):
             for name, url in urls.items():
+                await asyncio.sleep(0.02)  # what the arm before left to do is done by now
                 start = perf_counter()
                 async with session.post(url + "/v1/completions", json=shared) as answer:
                     await answer.read()

@@ -47,7 +47,9 @@ class Sidecar:
         self.metrics = SidecarMetrics()
         self.num_in_flight = 0
         wanted = speed or SpeedOptions(mode="off")
-        self.speed = None if wanted.mode == "off" else Speed(wanted, self.upstream, self.metrics, tokens)
+        self.speed: Speed | None = None
+        if wanted.mode != "off":
+            self.speed = Speed(wanted, self.upstream, self.metrics, tokens, is_busy=lambda: self.num_in_flight > 0)
 
     async def start(self) -> None:
         """Get ready; on the event loop that will serve."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from specdec.server.sidecar.tokens import Tokens
 __all__ = ["Learner", "Passed", "simulate"]
 
 _QUEUED = 64
+_PATIENCE_S = 0.2
 _MAX_SHADOW_TOKENS = 2048  # of one answer; the estimate walks token by token
 
 
@@ -92,10 +94,11 @@ class Learner:
     Args:
         shop: the store and the metrics.
         tokens: the tokenizer, if there is one.
+        is_busy: requests are under way; an answer waits a moment for a pause, because Python runs one thread at a time.
     """
 
-    def __init__(self, shop: Shop, tokens: Tokens) -> None:
-        self._shop, self._tokens = shop, tokens
+    def __init__(self, shop: Shop, tokens: Tokens, is_busy: Callable[[], bool]) -> None:
+        self._shop, self._tokens, self._is_busy = shop, tokens, is_busy
         self._queue: asyncio.Queue[Passed] = asyncio.Queue(_QUEUED)
         self._numbers = count()
         self._task: asyncio.Task[None] | None = None
@@ -128,6 +131,9 @@ class Learner:
         while True:
             passed = await self._queue.get()
             try:
+                deadline = monotonic() + _PATIENCE_S
+                while self._is_busy() and monotonic() < deadline:
+                    await asyncio.sleep(_PATIENCE_S / 20)
                 await asyncio.to_thread(self._learn, passed)
             finally:
                 self._queue.task_done()

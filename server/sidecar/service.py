@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -102,10 +102,17 @@ class Speed:
         upstream: the one.
         metrics: of the sidecar.
         tokens: the upstream's tokenizer, or none.
+        is_busy: requests are under way.
     """
 
     def __init__(
-        self, options: SpeedOptions, upstream: Upstream, metrics: SidecarMetrics, tokens: Tokens | None = None
+        self,
+        options: SpeedOptions,
+        upstream: Upstream,
+        metrics: SidecarMetrics,
+        tokens: Tokens | None = None,
+        *,
+        is_busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self.options, self.upstream, self.metrics = options, upstream, metrics
         self.tokens = tokens or Tokens()
@@ -113,7 +120,7 @@ class Speed:
         plan = replace(options.plan, max_branches=1) if options.mode == "race" else options.plan
         cache = SuffixCache(max_bytes=options.max_bytes, ttl=options.ttl_s)
         self.shop = Shop(cache, plan, timing, LoadGate(timing), Budget(options.budget), metrics)
-        self.learner = Learner(self.shop, self.tokens)
+        self.learner = Learner(self.shop, self.tokens, is_busy)
         self.capabilities = Capabilities()
         self.exact = ExactCache(options.cache_ttl_s) if options.cache_ttl_s > 0 else None
         self.refused: dict[str, int] = {}  # why requests were not accelerated

@@ -129,6 +129,8 @@ class Sidecar:
                 return client
             if copy is not None and self.speed is not None:
                 self.speed.finished(job, answer.headers, b"".join(copy))
+            if job.run is not None and self.speed is not None:
+                self.speed.accelerated(job)
             return client
 
     def _answer(self, answer: aiohttp.ClientResponse, job: Job) -> AsyncGenerator[bytes, None]:

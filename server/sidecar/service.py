@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import aiohttp
 from multidict import CIMultiDict
 
 from specdec.errors import ConfigError
+from specdec.server.sidecar.audit import Case, audit
 from specdec.server.sidecar.drafting import Drafting, Shop
 from specdec.server.sidecar.events import Framing, with_fields
 from specdec.server.sidecar.exact_cache import CachedAnswer, ExactCache
+from specdec.server.sidecar.feed import Feeder, FeedKind
 from specdec.server.sidecar.gates import Budget, BudgetOptions, LoadGate
 from specdec.server.sidecar.learner import Learner, Passed
 from specdec.server.sidecar.metrics import SidecarMetrics
@@ -27,9 +30,11 @@ from specdec.server.sidecar.tokens import Tokens, load_tokens
 from specdec.server.sidecar.upstream import Question, Unreachable, Upstream
 from specdec.suffix_tree.cache import SuffixCache
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["BudgetOptions", "Job", "Mode", "PlanOptions", "Speed", "SpeedOptions", "load_tokens"]
 
-Mode = Literal["off", "observe", "race", "grid"]
+Mode = Literal["off", "observe", "feed", "race", "grid"]
 _POLL_S = 1.0
 
 
@@ -38,7 +43,7 @@ class SpeedOptions:
     """What may be done beyond relaying.
 
     Args:
-        mode: off, observe (learn and estimate), race (one branch) or grid (several).
+        mode: off, observe (learn and estimate), feed (send drafts along), race (one branch) or grid (several).
         plan: of branches; a race has one, whatever it says.
         budget: of extra tokens.
         is_single_tenant: all clients share one store; else each key has its own, and requests without one have none.
@@ -48,6 +53,8 @@ class SpeedOptions:
         ttl_s: seconds that learned text is kept.
         kind: of the upstream, if it is known.
         probe_key: bearer token of the probe's own requests; never written anywhere.
+        feed: how the upstream takes drafts; None: as the probe finds.
+        audit_share: of the accelerated greedy requests that are asked again, plainly and twice.
         has_cache_salt: the tenant's hash goes along as ``cache_salt``, so that no tenant meets another's KV upstream.
     """
 
@@ -62,10 +69,14 @@ class SpeedOptions:
     kind: str | None = None
     probe_key: str | None = field(default=None, repr=False)
     has_cache_salt: bool = False
+    feed: FeedKind | None = None
+    audit_share: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.mode not in ("off", "observe", "race", "grid"):
-            raise ConfigError(f"mode must be off, observe, race or grid, got {self.mode!r}")
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
+        if not 0 <= self.audit_share <= 1:
+            raise ConfigError(f"audit_share must be in [0, 1], got {self.audit_share}")
         if self.mode == "grid" and self.plan.max_branches < 2:
             raise ConfigError(f"a grid needs at least 2 branches, got {self.plan.max_branches}")
 
@@ -80,6 +91,8 @@ class Job:
         cached: the answer, if it is known.
         passed: takes a copy of the answer, if it is to be learned: everything but its body.
         cache_key: where the answer may be kept.
+        case: to be audited afterwards, but for the output.
+        fed: the tenant whose draft went along.
     """
 
     question: Question
@@ -87,11 +100,13 @@ class Job:
     cached: CachedAnswer | None = None
     passed: Passed | None = None
     cache_key: bytes | None = None
+    case: Case | None = None
+    fed: str | None = None
 
     @property
     def wants_copy(self) -> bool:
         """Somebody reads the answer afterwards."""
-        return self.passed is not None or self.cache_key is not None
+        return any(part is not None for part in (self.passed, self.cache_key, self.fed))
 
 
 class Speed:
@@ -124,6 +139,9 @@ class Speed:
         self.capabilities = Capabilities()
         self.exact = ExactCache(options.cache_ttl_s) if options.cache_ttl_s > 0 else None
         self.refused: dict[str, int] = {}  # why requests were not accelerated
+        self.feeder: Feeder | None = None
+        self.fault: str | None = None  # why acceleration is off for good
+        self._audits: set[asyncio.Task[None]] = set()
         self._secret = options.secret or secrets.token_bytes(32)
         self._watch: asyncio.Task[None] | None = None
 
@@ -133,6 +151,9 @@ class Speed:
         is_full = self.options.mode in ("race", "grid")
         key = self.options.probe_key
         self.capabilities = await probe(self.upstream, key=key, is_full=is_full, kind=self.options.kind)
+        kind = self.options.feed or ("prediction" if self.capabilities.has_prediction else None)
+        if self.options.mode == "feed" and kind is not None:
+            self.feeder = Feeder(kind, self.shop.cache, self.tokens)
         self.learner.start()
         if is_full and self.capabilities.waiting_metric is not None:
             self._watch = asyncio.ensure_future(self._follow_load(self.capabilities.waiting_metric))
@@ -140,6 +161,9 @@ class Speed:
     async def close(self) -> None:
         """Stop what runs in the background."""
         await self.learner.close()
+        for task in self._audits:
+            task.cancel()
+        await asyncio.gather(*self._audits, return_exceptions=True)
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
@@ -165,16 +189,22 @@ class Speed:
             key = None
         run, why = self._run(question, asked, tenant, may_learn=privacy.may_learn)
         if run is not None:
+            case = self._case(question, asked)
             question = replace(question, body=with_fields(question.body, return_token_ids=True, **run.opener.extra))
-            return Job(question, run=run, cache_key=key)
+            return Job(question, run=run, cache_key=key, case=case)
         if why is not None:
             self.refused[why] = self.refused.get(why, 0) + 1
-        return Job(question, passed=Passed(asked, tenant, b"", asked.is_stream) if privacy.may_learn else None,
-                   cache_key=key)  # fmt: skip
+        fields = self.feeder.fields(asked, tenant) if self.feeder is not None else {}
+        if fields:
+            question = replace(question, body=with_fields(question.body, **fields))
+        passed = Passed(asked, tenant, b"", asked.is_stream) if privacy.may_learn else None
+        return Job(question, passed=passed, cache_key=key, fed=tenant if fields else None)
 
     def _run(self, question: Question, asked: Asked, tenant: str, *, may_learn: bool) -> tuple[Run | None, str | None]:
         if self.options.mode not in ("race", "grid"):
             return None, None
+        if self.fault is not None:
+            return None, self.fault
         able = self.capabilities
         if not (able.has_ids and able.continues):
             return None, "the upstream was not shown to continue prompts of token ids"
@@ -202,6 +232,31 @@ class Speed:
             self.exact.put(job.cache_key, CachedAnswer(kind, body), is_stream="event-stream" in kind)
         if job.passed is not None:
             self.learner.take(replace(job.passed, body=body))
+        if job.fed is not None and self.feeder is not None:
+            self.feeder.answered(job.fed, body)
+
+    def _case(self, question: Question, asked: Asked) -> Case | None:
+        """What to audit of a request, if it is one of the sample."""
+        share = self.options.audit_share
+        if not asked.is_greedy or secrets.randbelow(1_000_000) >= share * 1_000_000:
+            return None
+        return Case(question, (), (), asked.body.get("model"))
+
+    def accelerated(self, job: Job) -> None:
+        """An accelerated answer went to its client, whole."""
+        if job.case is None or job.run is None or not job.run.drafting.num_adopted:
+            return
+        case = replace(job.case, prompt_ids=job.run.opener.prompt_ids, output_ids=tuple(job.run.output_ids))
+        task = asyncio.ensure_future(self._audit(case))
+        self._audits.add(task)
+        task.add_done_callback(self._audits.discard)
+
+    async def _audit(self, case: Case) -> None:
+        verdict = await audit(self.upstream, case)
+        self.metrics.audits.labels(verdict).inc()
+        if verdict == "fault":
+            self.fault = "an audit found a text that plain decoding does not give"
+            logger.error("acceleration is off: %s", self.fault)
 
     # --- background ---------------------------------------------------------------------------------------------------
 
@@ -231,6 +286,7 @@ class Speed:
             "open_ms": round(timing.open_s * 1e3, 3),
             "gate": self.shop.gate.why_closed or "open",
             "budget_left": round(self.shop.budget.left),
+            "fault": self.fault,
             "not_accelerated": dict(self.refused),
             "shadow": self.learner.shadow(),
         }

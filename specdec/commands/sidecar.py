@@ -13,7 +13,8 @@ from specdec.server.listening import is_this_machine, listen
 
 __all__ = ["sidecar"]
 
-ModeName: TypeAlias = Literal["off", "observe", "race", "grid"]
+ModeName: TypeAlias = Literal["off", "observe", "feed", "race", "grid"]
+FeedName: TypeAlias = Literal["prediction", "vllm-plugin"]
 KindName: TypeAlias = Literal["vllm", "sglang", "llamacpp", "specdec", "openai"]
 
 
@@ -33,7 +34,8 @@ def sidecar(
     max_body_mb: Annotated[float, typer.Option("--max-body-mb", min=0.001, help="Largest request.")] = 32.0,
     drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds for live requests at shutdown.")] = 30.0,
     mode: Annotated[
-        ModeName, typer.Option("--mode", help="off: relay only; observe: learn and estimate; race, grid: accelerate.")
+        ModeName,
+        typer.Option("--mode", help="off: relay only; observe: learn and estimate; feed, race, grid: accelerate."),
     ] = "observe",
     branches: Annotated[int, typer.Option("--branches", min=2, max=64, help="Of a grid.")] = 4,
     max_draft: Annotated[int, typer.Option("--max-draft", min=8, max=256, help="Draft tokens ahead.")] = 128,
@@ -52,6 +54,12 @@ def sidecar(
     ] = False,
     exact_cache: Annotated[
         float, typer.Option("--exact-cache", min=0, help="Seconds that a greedy answer is given again; 0: never.")
+    ] = 0.0,
+    feed: Annotated[
+        FeedName | None, typer.Option("--feed", help="How the upstream takes drafts, if it is not specdec serve.")
+    ] = None,
+    audit: Annotated[
+        float, typer.Option("--audit", min=0, max=1, help="Share of greedy requests that are checked afterwards.")
     ] = 0.0,
     kind: Annotated[
         KindName | None, typer.Option("--kind", help="Of the upstream, if it does not say so itself.")
@@ -81,6 +89,8 @@ def sidecar(
         budget=service.BudgetOptions(ratio=extra_tokens),
         is_single_tenant=single_tenant,
         cache_ttl_s=exact_cache,
+        feed=feed,
+        audit_share=audit,
         kind=kind,
         probe_key=_key_of(probe_key_env),
         has_cache_salt=cache_salt,

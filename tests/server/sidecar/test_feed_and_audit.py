@@ -1,0 +1,146 @@
+"""Drafts that are sent along, and checks of what acceleration gave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import numpy as np
+import pytest
+
+from specdec.server.sidecar.app import Sidecar
+from specdec.server.sidecar.feed import Feeder
+from specdec.server.sidecar.options import RelayOptions
+from specdec.server.sidecar.requests import Asked
+from specdec.server.sidecar.service import SpeedOptions
+from specdec.server.sidecar.tokens import Tokens
+from specdec.suffix_tree.cache import SuffixCache
+from tests.server.live import running, service, tokenizer
+from tests.server.sidecar.rig import exchange, front, request
+from tests.server.sidecar.test_speed import ANSWER, Reciter, accelerated, asking, counts
+
+CHAT = {"messages": [{"role": "user", "content": "again and again"}], "max_tokens": 40, "temperature": 0}
+
+
+def asked(**more):
+    return Asked("chat", {**CHAT, **more})
+
+
+def feeder(kind="prediction", answer="the same words once more, every single time"):
+    cache, tokens = SuffixCache(), Tokens(tokenizer())
+    text = [*tokens.prompt_ids(asked()), *tokens.encode(answer)]
+    for number in range(3):
+        cache.insert(number, np.array(text, np.int32), tenant="t")
+    return Feeder(kind, cache, tokens)
+
+
+def test_what_was_answered_before_is_predicted_for_the_same_tenant_only():
+    made = feeder()
+    (prediction,) = made.fields(asked(), "t").values()
+    assert prediction["type"] == "content"
+    assert "the same words once more".startswith(prediction["content"][:20])
+    assert made.fields(asked(), "u") == {}
+    args = feeder("vllm-plugin").fields(asked(), "t")["vllm_xargs"]
+    assert args["specdec_tenant"] == "t"
+    assert tokenizer().decode(args["specdec_draft"]).startswith("the same words")
+
+
+@pytest.mark.parametrize(
+    "more", [{"prediction": {"type": "content", "content": "x"}}, {"tools": [{}]}, {"n": 2}, {"logprobs": True},
+             {"presence_penalty": 1}, {"response_format": {"type": "json_object"}}],
+)  # fmt: skip
+def test_where_a_prediction_is_refused_or_the_clients_own_none_is_added(more):
+    assert feeder().fields(asked(**more), "t") == {}
+
+
+def test_a_tenant_whose_predictions_fail_is_left_alone_for_a_while():
+    made = feeder()
+    for _ in range(5):
+        assert made.fields(asked(), "t")
+        made.answered("t", b'{"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 40}')
+    assert [bool(made.fields(asked(), "t")) for _ in range(40)].count(True) == 2
+    made.answered("t", b'{"accepted_prediction_tokens": 100, "rejected_prediction_tokens": 4}')
+    assert made.fields(asked(), "t")
+
+
+def test_a_real_server_takes_what_is_fed_and_says_the_same():
+    raw = request({**CHAT, "user": "u"}, target="/v1/chat/completions", headers=("Content-Type: application/json",))
+
+    async def main(plain):
+        speed = SpeedOptions(mode="feed", is_single_tenant=True)
+        sidecar = Sidecar(RelayOptions(plain.url), speed, tokens=Tokens(tokenizer()))
+        async with front(sidecar) as url:
+            answers = []
+            for _ in range(4):
+                answers.append(json.loads((await exchange(url, raw)).body))
+                await sidecar.speed.learner.idle()
+            direct = json.loads((await exchange(plain.url, raw)).body)
+        return direct, answers
+
+    with running(service(drafters=("ngram",))) as plain:
+        direct, answers = asyncio.run(main(plain))
+    texts = {answer["choices"][0]["message"]["content"] for answer in (direct, *answers)}
+    assert len(texts) == 1
+    details = answers[-1]["usage"]["completion_tokens_details"]
+    assert details["accepted_prediction_tokens"] >= 8
+    assert "completion_tokens_details" not in answers[0]["usage"]
+
+
+class Audited(Reciter):
+    """Tells scores, and may lie in continuations or change its mind."""
+
+    def __init__(self, *, lies=False, gap=1.0, changes=False):
+        super().__init__(step_s=0.001)
+        self.lies, self.gap, self.changes, self.count = lies, gap, changes, 0
+
+    async def __call__(self, asked, writer):
+        body = asked.json if asked.method == "POST" else {}
+        if body.get("logprobs") == 2:
+            top = [{"a": -0.1, "b": -0.1 - self.gap}]
+            return self.whole(writer, {"choices": [{"logprobs": {"top_logprobs": top}}]})
+        truth = self.answer
+        if self.lies and isinstance(body.get("prompt"), list) and len(body["prompt"]) > 8 and body["max_tokens"] > 8:
+            self.answer = truth[: len(body["prompt"])] + [9] * 200
+        elif self.changes and body.get("max_tokens") == len(ANSWER):
+            self.count += 1
+            self.answer = truth[:110] + [self.count % 3] * 10
+        try:
+            return await super().__call__(asked, writer)
+        finally:
+            self.answer = truth
+
+
+def verdicts(server):
+    async def ask(url, up, sidecar):
+        for _ in range(2):
+            await exchange(url, asking())
+            await asyncio.gather(*sidecar.speed._audits)
+        health = json.loads((await exchange(url, request(method="GET", target="/health"))).body)
+        return health["speed"], sidecar
+
+    health, sidecar = accelerated(server, ask, known=ANSWER, audit_share=1.0)
+    samples = next(iter(sidecar.metrics.audits.collect())).samples
+    assert counts(sidecar).get("adopted")
+    return {s.labels["result"]: int(s.value) for s in samples if s.name.endswith("_total")}, health
+
+
+def test_an_honest_upstream_matches_and_stays_accelerated():
+    found, health = verdicts(Audited())
+    assert found == {"match": 2}
+    assert health["fault"] is None
+
+
+def test_a_difference_that_is_no_tie_ends_acceleration():
+    found, health = verdicts(Audited(lies=True))
+    assert found == {"fault": 1}  # the second request was not accelerated any more
+    assert "audit" in health["fault"]
+    assert sum(health["not_accelerated"].values()) == 1
+
+
+def test_ties_and_an_upstream_that_differs_from_itself_are_no_fault():
+    found, health = verdicts(Audited(lies=True, gap=0.001))
+    assert set(found) == {"tie"}
+    assert health["fault"] is None
+    found, health = verdicts(Audited(changes=True))
+    assert set(found) == {"unstable"}
+    assert health["fault"] is None

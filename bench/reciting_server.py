@@ -27,12 +27,12 @@ from specdec.config import EngineConfig
 from specdec.controller import BackoffController
 from specdec.engine import Engine
 from specdec.errors import UnsupportedError
-from specdec.server.app import Service, ServiceOptions
 from specdec.server.keys import Keyring
 from specdec.server.launch import serve
 from specdec.server.listening import listen
 from specdec.server.metrics import ServerMetrics
 from specdec.server.prompts import Serving
+from specdec.server.service import Service, ServiceOptions
 from specdec.server.speculation import CappedController, Choices, RoutedDrafter
 from specdec.server.watch import StepWatcher
 from specdec.server.worker import EngineWorker, Update

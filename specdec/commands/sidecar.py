@@ -18,55 +18,84 @@ FeedName: TypeAlias = Literal["prediction", "vllm-plugin"]
 KindName: TypeAlias = Literal["vllm", "sglang", "llamacpp", "specdec", "openai"]
 
 
+_Upstream: TypeAlias = Annotated[
+    str, typer.Option("--upstream", "-u", help="Address of the endpoint, e.g. http://gpu:8000.")
+]
+_Host: TypeAlias = Annotated[str, typer.Option("--host", help="Address to listen on.")]
+_Port: TypeAlias = Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")]
+_AllowAnyone: TypeAlias = Annotated[
+    bool, typer.Option("--allow-anyone", help="Be reachable from other machines; the upstream checks the keys.")
+]
+_ConnectTimeout: TypeAlias = Annotated[float, typer.Option("--connect-timeout", help="Seconds.")]
+_FirstByteTimeout: TypeAlias = Annotated[float, typer.Option("--first-byte-timeout", help="Seconds.")]
+_IdleTimeout: TypeAlias = Annotated[float, typer.Option("--idle-timeout", help="Seconds between two pieces.")]
+_Deadline: TypeAlias = Annotated[float, typer.Option("--deadline", help="Seconds that a request may take.")]
+_Retries: TypeAlias = Annotated[int, typer.Option("--retries", min=0, help="Before the first byte only.")]
+_MaxInFlight: TypeAlias = Annotated[int, typer.Option("--max-in-flight", min=1, help="More requests get status 429.")]
+_MaxBodyMb: TypeAlias = Annotated[float, typer.Option("--max-body-mb", min=0.001, help="Largest request.")]
+_Drain: TypeAlias = Annotated[float, typer.Option("--drain", min=0, help="Seconds for live requests at shutdown.")]
+_Mode: TypeAlias = Annotated[
+    ModeName,
+    typer.Option("--mode", help="off: relay only; observe: learn and estimate; feed, race, grid: accelerate."),
+]
+_Branches: TypeAlias = Annotated[int, typer.Option("--branches", min=2, max=64, help="Of a grid.")]
+_MaxDraft: TypeAlias = Annotated[int, typer.Option("--max-draft", min=8, max=256, help="Draft tokens ahead.")]
+_MinGainMs: TypeAlias = Annotated[float, typer.Option("--min-gain-ms", min=0, help="Expected saving of a launch.")]
+_ExtraTokens: TypeAlias = Annotated[
+    float, typer.Option("--extra-tokens", min=0, help="Upstream tokens spent per token that clients receive.")
+]
+_Tokenizer: TypeAlias = Annotated[
+    str | None, typer.Option("--tokenizer", help="The upstream's, a directory; for sampled requests and learning.")
+]
+_SingleTenant: TypeAlias = Annotated[
+    bool, typer.Option("--single-tenant", help="All clients share what is learned. Default: one store per key.")
+]
+_CacheSalt: TypeAlias = Annotated[
+    bool, typer.Option("--cache-salt", help="Send the tenant's hash as cache_salt (vLLM, SGLang).")
+]
+_ExactCache: TypeAlias = Annotated[
+    float, typer.Option("--exact-cache", min=0, help="Seconds that a greedy answer is given again; 0: never.")
+]
+_Feed: TypeAlias = Annotated[
+    FeedName | None, typer.Option("--feed", help="How the upstream takes drafts, if it is not specdec serve.")
+]
+_Audit: TypeAlias = Annotated[
+    float, typer.Option("--audit", min=0, max=1, help="Share of greedy requests that are checked afterwards.")
+]
+_Kind: TypeAlias = Annotated[
+    KindName | None, typer.Option("--kind", help="Of the upstream, if it does not say so itself.")
+]
+_ProbeKeyEnv: TypeAlias = Annotated[
+    str | None, typer.Option("--probe-key-env", help="Environment variable with a key for the sidecar's own probe.")
+]
+
+
 def sidecar(
-    upstream: Annotated[str, typer.Option("--upstream", "-u", help="Address of the endpoint, e.g. http://gpu:8000.")],
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8080,
-    allow_anyone: Annotated[
-        bool, typer.Option("--allow-anyone", help="Be reachable from other machines; the upstream checks the keys.")
-    ] = False,
-    connect_timeout: Annotated[float, typer.Option("--connect-timeout", help="Seconds.")] = 2.0,
-    first_byte_timeout: Annotated[float, typer.Option("--first-byte-timeout", help="Seconds.")] = 300.0,
-    idle_timeout: Annotated[float, typer.Option("--idle-timeout", help="Seconds between two pieces.")] = 120.0,
-    deadline: Annotated[float, typer.Option("--deadline", help="Seconds that a request may take.")] = 600.0,
-    retries: Annotated[int, typer.Option("--retries", min=0, help="Before the first byte only.")] = 1,
-    max_in_flight: Annotated[int, typer.Option("--max-in-flight", min=1, help="More requests get status 429.")] = 256,
-    max_body_mb: Annotated[float, typer.Option("--max-body-mb", min=0.001, help="Largest request.")] = 32.0,
-    drain: Annotated[float, typer.Option("--drain", min=0, help="Seconds for live requests at shutdown.")] = 30.0,
-    mode: Annotated[
-        ModeName,
-        typer.Option("--mode", help="off: relay only; observe: learn and estimate; feed, race, grid: accelerate."),
-    ] = "observe",
-    branches: Annotated[int, typer.Option("--branches", min=2, max=64, help="Of a grid.")] = 4,
-    max_draft: Annotated[int, typer.Option("--max-draft", min=8, max=256, help="Draft tokens ahead.")] = 128,
-    min_gain_ms: Annotated[float, typer.Option("--min-gain-ms", min=0, help="Expected saving of a launch.")] = 40.0,
-    extra_tokens: Annotated[
-        float, typer.Option("--extra-tokens", min=0, help="Upstream tokens spent per token that clients receive.")
-    ] = 0.2,
-    tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="The upstream's, a directory; for sampled requests and learning.")
-    ] = None,
-    single_tenant: Annotated[
-        bool, typer.Option("--single-tenant", help="All clients share what is learned. Default: one store per key.")
-    ] = False,
-    cache_salt: Annotated[
-        bool, typer.Option("--cache-salt", help="Send the tenant's hash as cache_salt (vLLM, SGLang).")
-    ] = False,
-    exact_cache: Annotated[
-        float, typer.Option("--exact-cache", min=0, help="Seconds that a greedy answer is given again; 0: never.")
-    ] = 0.0,
-    feed: Annotated[
-        FeedName | None, typer.Option("--feed", help="How the upstream takes drafts, if it is not specdec serve.")
-    ] = None,
-    audit: Annotated[
-        float, typer.Option("--audit", min=0, max=1, help="Share of greedy requests that are checked afterwards.")
-    ] = 0.0,
-    kind: Annotated[
-        KindName | None, typer.Option("--kind", help="Of the upstream, if it does not say so itself.")
-    ] = None,
-    probe_key_env: Annotated[
-        str | None, typer.Option("--probe-key-env", help="Environment variable with a key for the sidecar's own probe.")
-    ] = None,
+    upstream: _Upstream,
+    host: _Host = "127.0.0.1",
+    port: _Port = 8080,
+    allow_anyone: _AllowAnyone = False,
+    connect_timeout: _ConnectTimeout = 2.0,
+    first_byte_timeout: _FirstByteTimeout = 300.0,
+    idle_timeout: _IdleTimeout = 120.0,
+    deadline: _Deadline = 600.0,
+    retries: _Retries = 1,
+    max_in_flight: _MaxInFlight = 256,
+    max_body_mb: _MaxBodyMb = 32.0,
+    drain: _Drain = 30.0,
+    mode: _Mode = "observe",
+    branches: _Branches = 4,
+    max_draft: _MaxDraft = 128,
+    min_gain_ms: _MinGainMs = 40.0,
+    extra_tokens: _ExtraTokens = 0.2,
+    tokenizer: _Tokenizer = None,
+    single_tenant: _SingleTenant = False,
+    cache_salt: _CacheSalt = False,
+    exact_cache: _ExactCache = 0.0,
+    feed: _Feed = None,
+    audit: _Audit = 0.0,
+    kind: _Kind = None,
+    probe_key_env: _ProbeKeyEnv = None,
 ) -> None:
     """Relay an OpenAI-compatible endpoint byte for byte, learn from what passes, and speed up what it may.
 

@@ -2,9 +2,9 @@
 
     python -m specdec.bench.model_drafters --json bench/results/model_drafters.json
 
-The bundled model has no small sibling, so the draft models are the model itself (the most that a draft model can be
-accepted, at the price of the target), the same in groups of layers, and its first three layers (early exit, not trained
-for it). On a CPU none of them can be faster than plain decoding by much; what this shows is acceptance and cost.
+The draft models are the model itself (the most that a draft model can be accepted, at the price of the target), the
+same in groups of layers, its first three layers (early exit, not trained for it), and the trained head and draft model
+under ``bench/tiny_drafters`` where these are there. N-gram lookup stands beside them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ __all__ = ["early_exit", "main", "measure"]
 _TINY = Path(__file__).parent / "tiny"
 _CHAIN = "top_k=1&width=1&depth=4&min_gain=0"
 _BUDGET = {"chain": 4, "tree": 12}
+_TRAINED = Path(__file__).parent / "tiny_drafters"
 
 
 def early_exit(model: Any, num_layers: int, folder: Path) -> Path:
@@ -63,8 +64,19 @@ def measure(model: Any, tokenizer: Any, drafter: str, prompts: Sequence[IntArray
 def _arms(exit_path: Path) -> dict[str, dict[str, Any]]:
     whole = f"lm:{_TINY}?"
     short = {"drafter": f"lm:{exit_path}?{_CHAIN}", "budget": _BUDGET["chain"]}
-    return {
+    trained: dict[str, dict[str, Any]] = {}
+    if (_TRAINED / "eagle3").is_dir():
+        head = f"eagle:{_TRAINED / 'eagle3'}"
+        trained |= {
+            "EAGLE-3, chain of 4": {"drafter": f"{head}?top_k=1&depth=4", "budget": 4},
+            "EAGLE-3, tree of 12": {"drafter": f"{head}?top_k=4&depth=5", "budget": 12},
+            "EAGLE-3, tree of 59": {"drafter": f"{head}?top_k=10&depth=7", "budget": 59},
+        }
+    if (_TRAINED / "lm").is_dir():
+        trained["draft model, chain of 4"] = {"drafter": f"lm:{_TRAINED / 'lm'}?{_CHAIN}", "budget": 4}
+    return trained | {
         "plain": {"drafter": "none", "budget": 0},
+        "n-gram, chain of 4": {"drafter": "ngram", "budget": 4},
         "itself, chain of 4": {"drafter": whole + _CHAIN, "budget": _BUDGET["chain"]},
         "itself, tree of 12": {"drafter": whole + "top_k=3&width=3&depth=4&min_gain=0", "budget": _BUDGET["tree"]},
         "itself, stops by gain": {"drafter": whole + "top_k=3&width=3&depth=8&min_gain=0.6", "budget": _BUDGET["tree"]},
@@ -83,6 +95,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--arms", nargs="*", help="only those whose names begin like this")
     parser.add_argument("--counts-only", action="store_true", help="no times: for a machine that is not free")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -98,6 +111,8 @@ def main() -> None:
             for temperature in (0.0, 0.8):
                 for batch in args.batches:
                     for arm, options in arms.items():
+                        if args.arms and not any(arm.startswith(name) for name in args.arms):
+                            continue
                         shape = {"batch": batch, "temperature": temperature, "num_new": args.new_tokens}
                         row = measure(model, tokenizer, prompts=texts, **options, **shape)
                         if args.counts_only:

@@ -4,9 +4,9 @@ In a group of n layers every attention reads the input of the group's first laye
 order. Only draft nodes run like this. Committed tokens are read exactly, in the forward that every step begins with
 anyway, so errors of a draft never reach the next one (bonus calibration). First and last layer are never grouped.
 
-In one process the arithmetic is the same and nothing is gained: it is there to measure acceptance and as the reference
-of the distributed form, where each rank of a process group computes the attentions of its layers and one all-gather
-per group brings them together; weights, MLPs and exact forwards are replicated.
+There are three forms of one arithmetic. Layer by layer: the reference, which gains nothing. Batched: the attentions of
+a group are one product each for Q, K, V and O. Distributed: each rank of a process group computes the attentions of its
+layers and one all-gather per group brings them together; weights, MLPs and exact forwards are replicated.
 
 Source: EasySpec (Wu et al. 2025, arXiv 2502.02493), sections 3.2 and 3.3.
 """
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from specdec.attention import go_to_call
+from specdec.drafters.batched_layers import BatchedAttention
 from specdec.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -51,25 +52,33 @@ class FuzzyLayers:
         model: a causal LM whose blocks are ``x += attention(norm(x)); x += mlp(norm(x))``.
         size: layers per group, n >= 1; 1 changes nothing.
         ranks: of which this process is one; all run the same calls. None: one process.
+        is_batched: in one process: the batched form. It can be turned off and on again (``is_batched``).
 
     Raises:
         ConfigError: n < 1.
-        UnsupportedError: the blocks are of another kind.
+        UnsupportedError: the blocks are of another kind, or cannot be batched.
     """
 
-    def __init__(self, model: PreTrainedModel, size: int, *, ranks: ProcessGroup | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, size: int, *, ranks: ProcessGroup | None = None, is_batched: bool = False
+    ) -> None:
         self._layers = _blocks(model)
         self.groups = [group for group in layer_groups(len(self._layers), size) if len(group) > 1]
         self._first = {layer: group[0] for group in self.groups for layer in group}
         self._ranks = ranks
         self._is_active = False
+        self.is_batched = is_batched
+        self._batched = {
+            group[0]: BatchedAttention([self._layers[layer] for layer in group], group[0])
+            for group in (self.groups if is_batched else ())
+        }
         self._inputs: dict[int, Tensor] = {}  # first layer of a group -> its input
         self._outputs: dict[int, Any] = {}  # layer -> what its attention gave, on whichever rank
         self._attention: dict[int, Any] = {}
         for layer in self._first:
             block: Any = self._layers[layer]
             block.input_layernorm.register_forward_pre_hook(self._norm_hook(layer))
-            if ranks is not None:
+            if ranks is not None or is_batched:
                 self._attention[layer] = block.self_attn.forward
                 block.self_attn.forward = self._shared_attention(layer)
 
@@ -99,13 +108,24 @@ class FuzzyLayers:
 
     def _shared_attention(self, layer: int) -> Any:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not self._is_active:
+            if not self._is_active or (self._ranks is None and not self.is_batched):
                 return self._attention[layer](hidden_states, *args, **kwargs)
             if layer == self._first[layer]:
-                self._gather(layer, args, kwargs)
+                if self._ranks is None:
+                    self._multiply(layer, kwargs["position_embeddings"])
+                else:
+                    self._gather(layer, args, kwargs)
             return self._outputs.pop(layer), None
 
         return forward
+
+    def _multiply(self, first: int, position_embeddings: tuple[Tensor, Tensor]) -> None:
+        """Compute all attentions of a group at once."""
+        outputs = self._batched[first](self._inputs[first], position_embeddings)
+        group = next(group for group in self.groups if group[0] == first)
+        go_to_call(group[-1] + 1)
+        for layer, output in zip(group, outputs, strict=True):
+            self._outputs[layer] = output[None]
 
     def _gather(self, first: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compute the attentions that are ours, and get the others'."""

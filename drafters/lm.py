@@ -11,11 +11,14 @@ Under a rejection rule (``draws``) it draws honestly, in a shape fixed before th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from time import perf_counter
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.drafters.draft_costs import DraftCosts
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.draws import draft_laws, draw_children
 from specdec.drafters.growing import Growth
@@ -38,7 +41,8 @@ class LmDrafter:
         width: nodes expanded per level, >= 1.
         depth: longest path, >= 1; the budget limits the number of nodes.
         min_gain: stop growing once a level adds no more than this to the expected acceptance length; about the cost of
-            a draft level in target steps (OPT-Tree). 0: grow to the full depth.
+            a draft level in target steps (OPT-Tree). 0: grow to the full depth. "auto": the measured costs decide, and
+            the first few steps grow to the full depth.
         draws: draw honestly for a rejection rule; None: for match, with the target's own noise.
         fan_out: with ``draws``: children per node by level; the last one holds for all deeper levels.
 
@@ -54,20 +58,21 @@ class LmDrafter:
         top_k: int = 2,
         width: int = 2,
         depth: int = 8,
-        min_gain: float = 0.1,
+        min_gain: float | str = "auto",
         draws: Draws | None = None,
         fan_out: tuple[int, ...] = (2, 1),
     ) -> None:
         for name, value in (("top_k", top_k), ("width", width), ("depth", depth), *(("fan_out", n) for n in fan_out)):
             if value < 1:
                 raise ConfigError(f"{name} must be >= 1, got {value}")
-        if not min_gain >= 0:
-            raise ConfigError(f"min_gain must be >= 0, got {min_gain}")
+        if min_gain != "auto" and (isinstance(min_gain, str) or not min_gain >= 0):
+            raise ConfigError(f"min_gain must be auto or >= 0, got {min_gain}")
         self.needs = DrafterNeeds(draws=draws)
         self.model = model
         self._vocab_size = min(vocab_size, model.vocab_size)
         self._target_vocab_size = vocab_size
-        self._limits = SearchLimits(top_k, width, depth, min_gain or None)
+        self._limits = SearchLimits(top_k, width, depth, None if isinstance(min_gain, str) else min_gain or None)
+        self._costs = DraftCosts() if min_gain == "auto" else None
         self._draws = draws
         self._fan_out = (1,) if draws == "chain" else fan_out or (1,)
 
@@ -97,7 +102,9 @@ class LmDrafter:
         return trees
 
     def observe(self, events: Sequence[StepEvent]) -> None:
-        """Nothing to learn."""
+        """Learn what a step costs."""
+        if self._costs is not None:
+            self._costs.observe(events)
 
     def stop(self, request_ids: Sequence[str]) -> None:
         self.model.release(request_ids)
@@ -109,16 +116,25 @@ class LmDrafter:
             for state, budget in zip(states, budgets, strict=True)
         ]
 
+        num_levels = 0
+
         def grow(growths: Sequence[Growth], _: object) -> Tensor | None:
+            nonlocal num_levels
+            num_levels += 1
             new = self.model.grow(growths)
             return None if new is None else new[:, : self._vocab_size]
 
-        return search_trees(states, searches, logits, self._limits.top_k, grow)
+        begin = perf_counter()
+        trees = search_trees(states, searches, logits, self._limits.top_k, grow)
+        if self._costs is not None:
+            self._costs.searched(perf_counter() - begin, num_levels)
+        return trees
 
     def _room(self, state: RequestState) -> SearchLimits:
         """The limits, with a depth that the draft model's context still holds."""
         depth = max(1, min(self._limits.depth, self.model.max_length - state.num_tokens))
-        return SearchLimits(self._limits.top_k, self._limits.width, depth, self._limits.min_gain)
+        costs = self._costs.costs if self._costs is not None else None
+        return replace(self._limits, depth=depth, costs=costs)
 
     def _drawn(self, states: Sequence[RequestState], budgets: Sequence[int], logits: Tensor) -> list[DraftTree]:
         """Trees of a fixed shape, drawn from stated laws, for the rejection rules."""

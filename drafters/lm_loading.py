@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.fuzzy_layers import FuzzyLayers
+from specdec.drafters.layer_tuning import same_logits, time_forms
 from specdec.drafters.lm import LmDrafter
 from specdec.drafters.lm_text import TextLmDrafter
 from specdec.errors import ConfigError, LoadError, UnsupportedError
@@ -26,6 +27,7 @@ __all__ = ["load_layer_parallel", "load_lm", "load_model", "same_tokens", "token
 logger = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_USUAL_DEPTH = 8  # of a draft, where none is given
 _MAX_LENGTH = 32_768  # for models that state no limit
 
 
@@ -77,7 +79,7 @@ def load_lm(
         kv_tokens: tokens that the draft model's cache holds over all requests.
         max_requests: most requests that it drafts for at a time.
         groups_of: layers whose attentions run at the same time, see ``load_layer_parallel``.
-        force: 1: use groups in one process too, where they gain nothing, to see what they cost in acceptance.
+        force: 1: use groups whether they pay or not, to see what they cost in acceptance.
         packed: 1: pack the weights on a CPU, where they can be (`specdec.packed_linear`).
         **options: of ``LmDrafter``, or of ``TextLmDrafter`` where the tokenizers differ.
 
@@ -92,13 +94,19 @@ def load_lm(
     small = load_model(path, target)
     length = getattr(small.config.get_text_config(), "max_position_embeddings", None) or _MAX_LENGTH
     freeze_rope(small, length)
-    fuzzy = _fuzzy(small, groups_of, is_forced=bool(force)) if groups_of != 1 else None
+    if _ranks() is not None and options.setdefault("min_gain", 0.1) == "auto":
+        raise ConfigError(
+            "several ranks must draft alike, and measured times differ: min_gain must be a number, not auto"
+        )
+    groups = _Groups(small, groups_of) if groups_of != 1 else None
     scorer = DraftModel(
         small, kv_tokens=kv_tokens, max_length=length, max_requests=max_requests,
-        around_growth=nullcontext if fuzzy is None else fuzzy.active,
+        around_growth=nullcontext if groups is None else groups.around,
     )  # fmt: skip
     if packed and packing_obstacle(small) is None:
         scorer.pack()
+    if groups is not None:
+        groups.tune(scorer, depth=int(options.get("depth", _USUAL_DEPTH)), is_forced=bool(force))
     vocab_size = int(target.config.get_text_config().vocab_size)
     own = tokenizer_of(path)
     if own is not None and tokenizer is not None and not same_tokens(own, tokenizer):
@@ -128,19 +136,59 @@ def load_layer_parallel(
     """The drafter of ``layer-parallel:PATH?n=4``: ``lm:PATH`` whose draft nodes run in groups of n layers.
 
     If ``torch.distributed`` is initialised, the attentions of a group are shared out among all ranks, which must run
-    the same requests. Other arguments and errors as in ``load_lm``; n must be >= 1.
+    the same requests; else they are batched. Groups are used only where a level of a draft, timed both ways, gains more
+    than groups cost in acceptance. Other arguments and errors as in ``load_lm``; n must be >= 1.
     """
     return load_lm(path, target, tokenizer, draws, groups_of=n, **options)
 
 
-def _fuzzy(model: PreTrainedModel, size: int, *, is_forced: bool) -> FuzzyLayers | None:
-    """Groups of layers, or None in one process: it computes the same either way, and guesses worse in groups."""
-    ranks = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-    layers = FuzzyLayers(model, size, ranks=ranks)
-    if ranks is None and not is_forced:
-        logger.warning("groups of %d layers gain nothing in one process: not used; force=1 uses them", size)
-        return None
-    return layers
+def _ranks() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+class _Groups:
+    """Groups of layers that are in use or not, as the tuner says."""
+
+    def __init__(self, model: PreTrainedModel, size: int) -> None:
+        self._size, self._is_on, ranks = size, False, _ranks()
+        try:
+            self._layers = FuzzyLayers(model, size, ranks=ranks, is_batched=ranks is None)
+        except UnsupportedError as error:
+            if ranks is not None or "batched" not in str(error):
+                raise
+            logger.warning("%s: groups run layer by layer, which gains nothing", error)
+            self._layers = FuzzyLayers(model, size)
+
+    def around(self) -> AbstractContextManager[None]:
+        return self._layers.active() if self._is_on else nullcontext()
+
+    def tune(self, scorer: DraftModel, *, depth: int, is_forced: bool) -> None:
+        """Decide whether groups are used.
+
+        Raises:
+            UnsupportedError: the batched form computes something else than the layers themselves.
+        """
+        if self._layers.is_batched:
+            self._is_on = True
+            if not same_logits(scorer, self._use_batched):
+                raise UnsupportedError("the layers of this model cannot be batched: other logits come out")
+        if is_forced:
+            self._is_on = True
+            return
+        times = time_forms(scorer, self._use)
+        self._use(times.pays(depth))
+        logger.warning(
+            "groups of %d layers %s: a level of a draft takes %.2f ms with them and %.2f ms without, so a draft of %d "
+            "levels is there %.2f x as soon; force=1 uses them anyway",
+            self._size, "are used" if self._is_on else "do not pay", times.groups_ms, times.exact_ms, depth,
+            times.gain(depth),
+        )  # fmt: skip
+
+    def _use(self, is_on: bool) -> None:
+        self._is_on = is_on
+
+    def _use_batched(self, is_batched: bool) -> None:
+        self._layers.is_batched = is_batched
 
 
 def tokenizer_of(path: Path) -> PreTrainedTokenizerBase | None:

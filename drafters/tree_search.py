@@ -7,7 +7,8 @@ nodes they have the largest sum of values, which is the expected acceptance leng
 
 - EAGLE-2 (Li et al. 2024, arXiv 2406.16858, section 4): ``top_k = width = 10``, a fixed depth.
 - OPT-Tree (Wang et al. 2024, arXiv 2406.17276, algorithm 1): ``top_k = width = budget``, and another level only while
-  the last one raised the expected length by more than a threshold: the cost of a draft level in target steps.
+  the last one raised the expected length by more than a threshold: the cost of a draft level in target steps. With
+  measured costs the threshold follows from them: a level must bring its tokens as cheaply as the step did so far.
 - A chain is ``top_k = width = 1``.
 """
 
@@ -20,9 +21,17 @@ import numpy.typing as npt
 
 from specdec.types import DraftTree, IntArray
 
-__all__ = ["Frontier", "SearchLimits", "TreeSearch"]
+__all__ = ["Frontier", "LevelCosts", "SearchLimits", "TreeSearch"]
 
 Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class LevelCosts:
+    """Times in one unit: of a further level of a draft, and of the rest of a step (reading, target, verification)."""
+
+    level: float
+    rest: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +43,14 @@ class SearchLimits:
         width: nodes expanded per level, >= 1.
         depth: most levels, >= 1.
         min_gain: stop once a level raises the expected acceptance length by no more than this; None: never.
+        costs: stop where another level would bring fewer tokens for its time than the step so far; None: never.
     """
 
     top_k: int
     width: int
     depth: int
     min_gain: float | None = None
+    costs: LevelCosts | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,6 +98,7 @@ class TreeSearch:
         self._frontier = np.array([-1])  # candidates to be expanded now
         self._frontier_values = np.zeros(1)
         self._expected = 0.0
+        self._gain: float | None = None  # of the level before
 
     def add(self, token_ids: npt.NDArray[np.integer], log_probs: Floats) -> Frontier | None:
         """Take the children of the present frontier (at first: of the root).
@@ -126,7 +138,18 @@ class TreeSearch:
             return True  # no deeper node can displace one of these
         expected = float(np.exp(chosen).sum())
         gain, self._expected = expected - self._expected, expected
-        return self._limits.min_gain is not None and gain <= self._limits.min_gain
+        is_dear = self._limits.costs is not None and self._is_dear(gain, self._limits.costs)
+        self._gain = gain
+        return is_dear or (self._limits.min_gain is not None and gain <= self._limits.min_gain)
+
+    def _is_dear(self, gain: float, costs: LevelCosts) -> bool:
+        """True if the next level is likely to lower the step's tokens per time.
+
+        Gains are taken to shrink on as they just did: the next is gain * gain / (the one before).
+        """
+        following = gain * min(1.0, gain / self._gain) if self._gain else gain
+        spent = costs.rest + (self._depth - 1) * costs.level  # the first level came with reading the text
+        return following * spent <= (1 + self._expected) * costs.level
 
     def tree(self) -> DraftTree:
         """The best candidates within the budget, with their path values; parents before children."""

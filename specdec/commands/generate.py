@@ -111,7 +111,8 @@ def generate(
     wins on most text at small batches; it loses with a head for another model, and far beyond its training's context.
 
     layer-parallel:PATH?n=4 is lm:PATH whose draft runs in groups of n layers, over the ranks of torch.distributed. It
-    wins where several devices idle while drafting; in one process it gains nothing and is off unless force=1.
+    wins where several devices idle while drafting; where a timed level says that it does not pay, it is off unless
+    force=1.
     """
     from dataclasses import replace
 

@@ -14,9 +14,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec.build import build_engine
+from specdec.drafters import lm_loading
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.fuzzy_layers import FuzzyLayers, layer_groups
 from specdec.drafters.growing import Growth
+from specdec.drafters.layer_tuning import LayerTimes, same_logits, time_forms
 from specdec.errors import ConfigError, UnsupportedError
 from specdec.types import Request, SamplingParams
 from tests.tiny_kinds import sliding_model
@@ -144,11 +146,55 @@ def test_the_text_is_that_of_plain_decoding(tmp_path: Path, n: int, law: dict[st
     assert accepted > 0
 
 
-def test_in_one_process_it_says_that_it_gains_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("groups_ms", "words"), [(1.0, "are used"), (1.9, "do not pay"), (3.0, "do not pay")])
+def test_groups_are_used_only_where_they_were_seen_to_pay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, groups_ms: float, words: str
+) -> None:
     model = deep_model()
     model.save_pretrained(tmp_path)
-    build_engine(model, f"layer-parallel:{tmp_path}?n=4").close()
-    assert "groups of 4 layers gain nothing in one process" in caplog.text
+    times = LayerTimes(exact_ms=2.0, groups_ms=groups_ms)
+    monkeypatch.setattr(lm_loading, "time_forms", lambda *_: times)
+    _, accepted = decode(model, f"layer-parallel:{tmp_path}?n=4&top_k=1&width=1&min_gain=0")
+    assert f"groups of 4 layers {words}" in caplog.text
+    monkeypatch.undo()
+    _, exact = decode(model, f"lm:{tmp_path}?top_k=1&width=1&min_gain=0")
+    assert (accepted == exact) is (words == "do not pay")
+
+
+def test_the_tuner_times_both_ways_and_leaves_nothing_behind() -> None:
+    model = deep_model()
+    seen: list[bool] = []
+    scorer = DraftModel(model, kv_tokens=300, max_length=128, self_test=False)
+    times = time_forms(scorer, seen.append)
+    assert times.exact_ms > 0
+    assert times.groups_ms > 0
+    assert seen == [False, True] * (len(seen) // 2)
+    assert scorer.num_used == 0
+    assert LayerTimes(1.0, 1.0).gain(5) == 1.0
+    assert LayerTimes(3.0, 1.0).gain(1) == 1.0  # the first level is exact in both
+    assert LayerTimes(1.5, 1.0).gain(5) == pytest.approx(5 * 1.5 / 5.5)
+
+
+def test_the_batched_form_is_the_layer_by_layer_one() -> None:
+    model = deep_model()
+    fuzzy = FuzzyLayers(model, 4, is_batched=True)
+    scorer = DraftModel(model, kv_tokens=300, max_length=128, self_test=False, around_growth=fuzzy.active)
+
+    def switch(is_batched: bool) -> None:
+        fuzzy.is_batched = is_batched
+
+    logits = {}
+    for is_batched in (False, True):
+        switch(is_batched)
+        scorer.read(["a"], [PROMPTS[1]])
+        level = np.array([9, 4, 31], dtype=np.int32)
+        scorer.grow([Growth("a", level, np.full(3, -1, dtype=np.int32))])
+        logits[is_batched] = scorer.grow([Growth("a", level, np.array([0, 0, 2], dtype=np.int32))])
+        scorer.release(["a"])
+    torch.testing.assert_close(logits[True], logits[False], rtol=1e-5, atol=1e-5)
+    assert same_logits(scorer, switch)
+    fuzzy._batched[1]._weights["o_proj"] *= 1.5
+    assert not same_logits(scorer, switch)
 
 
 def test_blocks_of_another_kind_are_refused() -> None:
@@ -164,7 +210,7 @@ dist.init_process_group("gloo", init_method="tcp://127.0.0.1:{port}", rank=int(s
 from tests.drafters.test_fuzzy_layers import decode, deep_model
 model = deep_model()
 for law in ({{"temperature": 0.0}}, {{"temperature": 0.9}}):
-    print(decode(model, "layer-parallel:{path}?n=3&top_k=2&width=2", **law))
+    print(decode(model, "layer-parallel:{path}?n=3&top_k=2&width=2&force=1", **law))
 dist.destroy_process_group()
 """
 
@@ -172,7 +218,7 @@ dist.destroy_process_group()
 def test_two_ranks_do_what_one_does_token_for_token(tmp_path: Path) -> None:
     model = deep_model()
     model.save_pretrained(tmp_path)
-    name = f"layer-parallel:{tmp_path}?n=3&top_k=2&width=2&force=1"
+    name = f"layer-parallel:{tmp_path}?n=3&top_k=2&width=2&force=1&min_gain=0.1"
     expected = [str(decode(model, name, temperature=t)) for t in (0.0, 0.9)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

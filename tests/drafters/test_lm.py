@@ -157,7 +157,7 @@ def test_names_are_read_and_bad_ones_refused(target: LlamaForCausalLM, saved: st
         (f"lm:{saved}?depth=2&depth=3", ConfigError, "can be given once"),
         (f"lm:{saved}?depht=2", ConfigError, "lm:.*depht"),
         (f"lm:{saved}?depth=0", ConfigError, "depth must be >= 1, got 0"),
-        (f"lm:{saved}?min_gain=-1", ConfigError, "min_gain must be >= 0, got -1"),
+        (f"lm:{saved}?min_gain=-1", ConfigError, "min_gain must be auto or >= 0, got -1"),
         (f"lm:{saved}?kv_tokens=0", ConfigError, "kv_tokens must be an integer >= 1, got 0"),
         ("lm:/nowhere/at/all", LoadError, "there is no directory '/nowhere/at/all'"),
         (f"lm:{tmp_path}", LoadError, "looked for config.json, found nothing"),

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from specdec.drafters.tree_search import SearchLimits, TreeSearch
+from specdec.drafters.tree_search import LevelCosts, SearchLimits, TreeSearch
 from specdec.types import DraftTree
 
 V = 6
@@ -79,3 +79,29 @@ def test_impossible_children_are_no_guesses_and_nothing_at_all_is_a_root() -> No
     assert search.add(np.array([[1, 2]]), np.array([[0.0, -np.inf]])) is None
     assert search.tree().token_ids.tolist() == [7, 1]
     assert len(TreeSearch(7, 0, SearchLimits(1, 1, 1)).tree()) == 1
+
+
+def grown_depth(costs: LevelCosts | None, gains: list[float]) -> int:
+    """Levels that a chain search scores whose tokens are right with these chances, one after the other."""
+    search, depth = TreeSearch(7, 10, SearchLimits(1, 1, 10, costs=costs)), 0
+    for gain in gains:
+        depth += 1
+        if search.add(np.array([[depth]]), np.log([[gain]])) is None:
+            break
+    return depth
+
+
+def test_measured_costs_end_a_search_where_a_level_no_longer_pays():
+    sure, doubtful = [0.95] * 10, [0.6] * 10
+    assert grown_depth(None, sure) == grown_depth(None, doubtful) == 10
+    free, cheap, dear = LevelCosts(0.0, 10.0), LevelCosts(1.0, 10.0), LevelCosts(10.0, 10.0)
+    assert grown_depth(free, doubtful) == 10
+    assert grown_depth(cheap, sure) > grown_depth(cheap, doubtful) > 1
+    assert grown_depth(dear, sure) == grown_depth(dear, doubtful) == 1
+
+
+def test_the_stop_is_near_the_best_depth_by_enumeration():
+    for chance, level in ((0.9, 0.5), (0.8, 1.0), (0.7, 2.0), (0.6, 0.3)):
+        rates = [sum(chance**i for i in range(depth + 1)) / (10 + (depth - 1) * level) for depth in range(1, 11)]
+        chosen = grown_depth(LevelCosts(level, 10.0), [chance] * 10)
+        assert rates[chosen - 1] > 0.98 * max(rates)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine
 from specdec.errors import ConfigError, UnsupportedError
 from specdec.kernels.launch import uses_triton
+from specdec.memory import free_bytes
 from specdec.packed_linear import pack_linears, packing_obstacle, unpack_linears
 from specdec.plain_target import PlainTarget
 from specdec.protocols import Controller, Drafter, Draws, Observer, TargetModel, Verifier
@@ -216,7 +216,7 @@ def build_target(
     if route.kind == "plain":
         return PlainTarget(model, max_length=max_length, max_draft_tokens=num_drafts)
     per_token = kv_bytes_per_token(route.calls, model.dtype)
-    kv_tokens = config.kv_tokens or _default_kv_tokens(per_token, model.device, config, max_length)
+    kv_tokens = _kv_tokens(per_token, model.device, config, max_length)
     if route.kind == "chain":
         return ChainTarget(model, kv_tokens=kv_tokens, max_length=max_length, max_draft_tokens=num_drafts)
     target = TreeTarget(
@@ -294,13 +294,20 @@ def _require_one_device(model: PreTrainedModel) -> None:
         raise UnsupportedError(f"all parameters of the model must be on one device, got {', '.join(devices)}")
 
 
-def _default_kv_tokens(bytes_per_token: int, device: torch.device, config: EngineConfig, max_length: int) -> int:
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    affordable = int(free * _MEMORY_SHARE) // max(bytes_per_token, 1)
-    return max(min(affordable, config.max_batch_size * max_length), 2)
+def _kv_tokens(bytes_per_token: int, device: torch.device, config: EngineConfig, max_length: int) -> int:
+    """How many tokens the KV pool holds: what was asked for, if there is memory for it, or what seems right."""
+    free = free_bytes(device)
+    if config.kv_tokens is None:
+        wanted = config.max_batch_size * max_length
+        affordable = wanted if free is None else int(free * _MEMORY_SHARE) // max(bytes_per_token, 1)
+        return max(min(affordable, wanted), 2)
+    needed = config.kv_tokens * bytes_per_token
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"kv_tokens = {config.kv_tokens} needs {needed / 2**30:.1f} GiB of memory on {device}, "
+            f"{free / 2**30:.1f} GiB are free"
+        )
+    return config.kv_tokens
 
 
 def build_engine(

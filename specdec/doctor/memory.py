@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from specdec.doctor.report import Attention, Memory
+from specdec.memory import free_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +60,7 @@ def estimate_memory(
         entry.nbytes_per_token * min(context, _WINDOWS_HELD * entry.window if entry.window else context)
         for entry in attention
     )
-    available = _available(model.device)
+    available = free_bytes(model.device)
     return Memory(
         weights_nbytes=weights,
         kv_nbytes_per_token=sum(entry.nbytes_per_token for entry in attention),
@@ -73,16 +73,6 @@ def estimate_memory(
         available_nbytes=available,
         largest_batch=available // request if available is not None and request else None,
     )
-
-
-def _available(device: torch.device) -> int | None:
-    """Free bytes of a device; None where the system does not say."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # not Linux
-        return None
 
 
 @torch.inference_mode()

@@ -190,6 +190,11 @@ def test_what_keeps_a_server_from_starting_is_said_in_one_line(model_dir: Path, 
         assert isinstance(error, ConfigError)
         assert str(error) == f"cannot listen on 127.0.0.1:{port}: another program listens there"
     assert "magic" in str(failure("serve", str(model_dir), "--port", "0", "--drafter", "magic"))
+    assert "GiB are free" in str(failure("serve", str(model_dir), "--port", "0", "--kv-tokens", str(10**10)))
+    wrong = save_tiny_llama(tmp_path / "no-head")
+    assert "cannot be used: fc.weight missing" in str(
+        failure("serve", str(model_dir), "--port", "0", "--drafter", f"eagle:{wrong}")
+    )
     error = failure("serve", str(model_dir), "--host", "0.0.0.0", "--port", "0")
     assert "--key-file, or --allow-anyone" in str(error)
     assert isinstance(failure("serve", str(model_dir), "--key-file", str(tmp_path / "none")), LoadError)

@@ -49,6 +49,34 @@ def _in_reach(where, position, window, chunk, WINDOW: tl.constexpr, CHUNK: tl.co
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _absorb_shared(  # type: ignore[no-untyped-def]
+    q, K, V, Slots, Words, TreePositions, position, live, context, first, begin, stop, end, m, total, acc, d, dv,
+    sk_s, sv_s, scale, softcap, window, chunk,
+    BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Blocks of keys that all queries of the tile share: the context, and the tree under its ancestor bits."""
+    for start in range(begin, end, BN):
+        place = start + tl.arange(0, BN)
+        node = place - context
+        inside = (place >= first) & (place < stop)
+        slot = tl.load(Slots + place, mask=inside, other=0).to(tl.int64)
+        visible = live[:, None] & inside[None, :]
+        if start + BN > context:  # the block touches the tree
+            in_tree = live[:, None] & (inside & (node >= 0))[None, :]
+            word = tl.load(Words + (node // 32)[None, :], mask=in_tree, other=0)
+            visible = visible & ((node < 0)[None, :] | (((word >> (node % 32)[None, :]) & 1) != 0))
+        if WINDOW or CHUNK:
+            own = tl.load(TreePositions + node, mask=inside & (node >= 0), other=0)
+            where = tl.where(node >= 0, own, place)
+            visible = visible & _in_reach(where, position, window, chunk, WINDOW, CHUNK)
+        m, total, acc = _absorb(
+            q, K, V, slot, inside, visible, m, total, acc, d, dv, sk_s, sv_s, scale, softcap, D, DV, CAP, PRECISION
+        )
+    return m, total, acc
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _absorb_paths(  # type: ignore[no-untyped-def]
     q, K, V, Slots, Paths, Own, token_0, token, num, position, live, context, first, begin, stop, m, total, acc, d, dv,
     s_paths, sk_s, sv_s, scale, softcap, window, chunk,
@@ -130,25 +158,11 @@ def attend(  # type: ignore[no-untyped-def]
         begin = low + split * per
         stop = tl.minimum(begin + per, end)
         shared = stop
-    for start in range(begin, shared, BN):
-        place = start + tl.arange(0, BN)
-        node = place - context
-        inside = (place >= first) & (place < stop)
-        slot = tl.load(Slots + place, mask=inside, other=0).to(tl.int64)
-        visible = live[:, None] & inside[None, :]
-        if start + BN > context:  # the block touches the tree
-            word = tl.load(
-                Ancestors + at[:, None] * s_words + (node // 32)[None, :],
-                mask=live[:, None] & (inside & (node >= 0))[None, :], other=0,
-            )  # fmt: skip
-            visible = visible & ((node < 0)[None, :] | (((word >> (node % 32)[None, :]) & 1) != 0))
-        if WINDOW or CHUNK:
-            own = tl.load(Positions + key_0 + node, mask=inside & (node >= 0), other=0)
-            where = tl.where(node >= 0, own, place)
-            visible = visible & _in_reach(where, position, window, chunk, WINDOW, CHUNK)
-        m, total, acc = _absorb(
-            q, K, V, slot, inside, visible, m, total, acc, d, dv, sk_s, sv_s, scale, softcap, D, DV, CAP, PRECISION
-        )
+    m, total, acc = _absorb_shared(
+        q, K, V, Slots, Ancestors + at[:, None] * s_words, Positions + key_0, position, live, context, first, begin,
+        stop, shared, m, total, acc, d, dv, sk_s, sv_s, scale, softcap, window, chunk,
+        BN, D, DV, WINDOW, CHUNK, CAP, PRECISION,
+    )  # fmt: skip
     if SPLIT_KEYS:
         m, total, acc = _absorb_paths(
             q, K, V, Slots, Paths + q0.to(tl.int64) * s_paths, Own, token_0, token, num, position, live, context, first,

@@ -30,6 +30,7 @@ from specdec.memory import free_bytes
 from specdec.packed_linear import pack_linears, packing_obstacle, unpack_linears
 from specdec.plain_target import PlainTarget
 from specdec.protocols import Controller, Drafter, Draws, Observer, TargetModel, Verifier
+from specdec.ranks import AgreedController, from_rank_0, is_spread
 from specdec.rope import freeze_rope
 from specdec.routes import Route, choose_route
 from specdec.sampling import Sampler
@@ -217,6 +218,7 @@ def build_target(
         return PlainTarget(model, max_length=max_length, max_draft_tokens=num_drafts)
     per_token = kv_bytes_per_token(route.calls, model.dtype)
     kv_tokens = _kv_tokens(per_token, model.device, config, max_length)
+    kv_tokens = from_rank_0(kv_tokens) if is_spread(model) else kv_tokens
     if route.kind == "chain":
         return ChainTarget(model, kv_tokens=kv_tokens, max_length=max_length, max_draft_tokens=num_drafts)
     target = TreeTarget(
@@ -354,6 +356,8 @@ def build_engine(
         raise ConfigError("give a budget or a controller, not both")
     controller = controller or (BackoffController() if budget is None else FixedController(budget))
     guesser = load_drafter(drafter, model, tokenizer, verifier=verifier, **(drafter_options or {}))
+    if is_spread(model):
+        controller = AgreedController(controller)
     frozen = freeze_rope(model, config.max_length or model_max_length(model))
     holder = object()
 

@@ -183,7 +183,7 @@ def pack_linears(model: nn.Module, holder: Hashable, *, strict: bool = False) ->
                 if strict:
                     raise UnsupportedError(
                         f"strict numerics need every linear layer packed, but {name!r} of {type(parent).__name__} has "
-                        f"hooks, a forward of its own, or dtype {layer.weight.dtype}"
+                        f"hooks, a forward or a kind of weight of its own, or dtype {layer.weight.dtype}"
                     )
                 continue
             if strict or layer.weight.numel() >= _LEAST_ELEMENTS[layer.weight.dtype]:
@@ -258,9 +258,11 @@ def _users_of_weights(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, 
 
 
 def _is_free(layer: nn.Module) -> bool:
-    """True if nobody watches the layer or calls something else in its place."""
+    """True if nobody watches the layer, or has put a forward or a kind of weight of their own into it."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return not any(hooks) and "forward" not in layer.__dict__
+    # Quantised and tensor-parallel weights are tensors of their own kind, under an ordinary layer.
+    is_ordinary = all(type(parameter.data) is torch.Tensor for parameter in layer.parameters(recurse=False))
+    return not any(hooks) and "forward" not in layer.__dict__ and is_ordinary
 
 
 def _replace(

@@ -18,7 +18,6 @@ os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ["TRITON_INTERPRET"] = "1"  # kernels run in numpy; read when a kernel's module is first imported
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # tests assert on what specdec says
 
 # `ci` takes its examples from the test's text and from the constants of the modules that happen to be loaded, never
@@ -28,10 +27,20 @@ hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def _wants_gpu(config: pytest.Config) -> bool:
+    return "gpu" in str(config.getoption("-m")).replace("not gpu", "")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Kernels run in numpy unless GPU tests were asked for; the switch is read when their module is first imported."""
+    if not _wants_gpu(config):
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: Sequence[pytest.Item]) -> None:
     """Skip GPU tests where there is no GPU; torch is imported only if such a test was asked for."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
-    if not gpu_items or "gpu" not in str(config.getoption("-m")).replace("not gpu", ""):
+    if not gpu_items or not _wants_gpu(config):
         return
     import torch
 

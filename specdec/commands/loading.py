@@ -72,7 +72,8 @@ def load_model(
             "weights",
             lambda: transformers.AutoModelForCausalLM.from_pretrained(source, config=config, dtype=kind),
         )
-        model = _attempt(name, "weights", lambda: model.eval().to(place))
+        # Some quantised models refuse to be moved, even to where they are.
+        model = _attempt(name, "weights", lambda: model.eval() if model.device == place else model.eval().to(place))
     return LoadedModel(name, model, tokenizer)
 
 

@@ -129,7 +129,7 @@ class Sampler:
             [T] int32, in the order of ``output.logits``.
         """
         live = [self._live[state.request_id] for state in states]
-        if self.has_kernels:
+        if self.has_kernels and output.logits.dtype != torch.float64:
             return self._draw_by_kernel(live, NodeBatch(states, trees, self.device), output)
         busy = [request for request, one in enumerate(live) if not one.is_plain]
         if not busy:

@@ -68,7 +68,8 @@ class TreeTarget:
         buckets: numbers of tokens whose forwards are captured by ``capture_graphs``; none: nothing is.
 
     Raises:
-        ConfigError: a size is below 1, or the model is in training mode.
+        ConfigError: a size is below 1, the model is in training mode, or in a dtype that Triton was asked for by name
+            and does not know.
         RuntimeError: Triton was asked for by name and cannot run on the model's device.
     """
 
@@ -110,7 +111,7 @@ class TreeTarget:
         self.num_successors = min(num_successors, self.vocab_size)
         self.device = model.device
         self.dtype = _kv_dtype(model)
-        uses_kernels = uses_triton(kernels, self.device)
+        uses_kernels = _uses_kernels(kernels, self.device, self.dtype)
         self.pool = KVPool(
             [(group_key(c), CallShape(c.num_kv_heads, c.key_dim, c.value_dim)) for c in calls],
             kv_tokens,
@@ -308,6 +309,15 @@ def _last_places(chunks: Sequence[Chunk]) -> list[npt.NDArray[np.int64]]:
         places.append(start + len(backwards) - 1 - first.astype(np.int64))
         start += chunk.num_tokens
     return places
+
+
+def _uses_kernels(kernels: Backend, device: torch.device, dtype: torch.dtype) -> bool:
+    """Float64, in which checks decide about ties, is torch's business on every device."""
+    if not uses_triton(kernels, device) or dtype.itemsize <= torch.float32.itemsize:
+        return uses_triton(kernels, device)
+    if kernels == "triton":
+        raise ConfigError(f'kernels="triton" needs float32, bfloat16 or float16, the model is in {dtype}')
+    return False
 
 
 def _kv_dtype(model: PreTrainedModel) -> torch.dtype:

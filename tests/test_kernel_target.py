@@ -11,7 +11,7 @@ import transformers as tf
 
 from specdec.build import build_engine
 from specdec.device_tables import DeviceTables
-from specdec.errors import InternalError, UnsupportedError
+from specdec.errors import ConfigError, InternalError, UnsupportedError
 from specdec.kernel_runner import Captured
 from specdec.kv_cache import CallShape, Keep, KVPool
 from specdec.probe import probe
@@ -142,6 +142,8 @@ def test_fused_or_not_a_request_draws_the_same_tokens_in_any_company():
     assert np.array_equal(found["torch"], found["triton"])
     # Temperature and nothing: fused. Everything else: not.
     assert [sampler._live[state.request_id].temperature for state in states] == [0.0, 0.7, None, None, None]
+    wide = TargetOutput(logits.double(), cu_nodes)  # not for the kernel
+    assert np.array_equal(sampler.target_ids(states, trees, wide), found["torch"])
     for row, (state, tree) in enumerate(zip(states, trees, strict=True)):
         own = slice(cu_nodes[row], cu_nodes[row + 1])
         alone = TargetOutput(logits[own], np.array([0, len(tree)], dtype=np.int32))
@@ -212,6 +214,8 @@ def test_what_does_not_fit_is_refused():
 def test_triton_by_name_is_refused_where_it_cannot_run(monkeypatch):
     with pytest.raises(UnsupportedError, match='kernels="triton" needs the tree path, but this model takes the chain'):
         build_engine(hybrid_model(), "none", max_length=32, route=Route("chain"), kernels="triton")
+    with pytest.raises(ConfigError, match='kernels="triton" needs float32, bfloat16 or float16, the model is in .*64'):
+        target_of(make("llama").double(), kernels="triton")
     monkeypatch.delenv("TRITON_INTERPRET")
     model = tiny_llama()
     with pytest.raises(RuntimeError, match="asked for by name, but it cannot run on cpu"):

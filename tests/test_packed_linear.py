@@ -176,6 +176,19 @@ def test_layers_that_somebody_watches_stay_dense():
         pack_linears(model, "strict", strict=True)
 
 
+def test_weights_of_a_kind_of_their_own_are_left_alone():
+    class Quantised(torch.Tensor):
+        pass
+
+    model = nn.Sequential(nn.Linear(600, 600), nn.Linear(600, 600))
+    model[0].weight = nn.Parameter(model[0].weight.data.as_subclass(Quantised), requires_grad=False)
+    assert pack_linears(model, "test") == 1
+    assert type(model[0]) is nn.Linear
+    unpack_linears(model, "test")
+    with pytest.raises(UnsupportedError, match="a kind of weight of its own"):
+        pack_linears(model, "test", strict=True)
+
+
 def test_a_layer_in_two_places_is_packed_once():
     layer = nn.Linear(600, 600)
     model = nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)})

@@ -25,7 +25,7 @@ def gpu(
     ),
     device: DeviceOption = "auto",
 ) -> None:
-    """Measure the kernels, whole steps, strict numerics and the cost curve on a GPU, in under nine minutes.
+    """Measure the kernels, whole steps, strict numerics and the cost curve on a GPU, in some nine minutes.
 
     Exit status: 0 every part ran, 1 one failed or had no time.
     """

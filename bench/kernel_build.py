@@ -179,11 +179,13 @@ def build(variant: Variant, architecture: str) -> Usage:
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     is_amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if is_amd else GPUTarget("cuda", int(architecture[3:]), 32)
-    constants = dict(variant.constants)
+    constants, options = dict(variant.constants), dict(variant.options)
     if is_amd and "PRECISION" in constants:
         constants["PRECISION"] = "ieee"  # as the launcher does there
+    if is_amd and variant.kernel is tree_attention_triton.attend and constants["BM"] > tree_attention.AMD_ROWS:
+        constants["BM"], options["num_warps"] = tree_attention.AMD_ROWS, 4  # likewise
     source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    built = triton.compile(source, target=target, options=variant.options)
+    built = triton.compile(source, target=target, options=options)
     registers, stack = _amd_usage(built.asm["amdgcn"]) if is_amd else _nvidia_usage(built.asm["cubin"])
     return Usage(variant.name, architecture, registers, stack, int(built.metadata.shared))
 

@@ -34,6 +34,7 @@ _STRICT_SPLIT = 2048  # keys of one split in strict attention, a multiple of eve
 _LEAST_SPLIT = 256  # fewer keys than this are not worth a split of their own
 _WAVES = 4  # programs per multiprocessor that the splits aim at
 _MAX_SPLITS = 64
+AMD_ROWS = 32  # of the tallest tile there
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,8 @@ def _tiling(
     """
     wide = max(width, value_width) > 128
     exact = dtype == torch.float32
-    tallest = 16 if exact or wide else 64
+    # AMD's registers hold half of the tall tile.
+    tallest = 16 if exact or wide else 64 if torch.version.hip is None else AMD_ROWS
     rows = max(16, triton.next_power_of_2(num_groups))
     rows = max(rows, min(tallest, triton.next_power_of_2(num_groups * num_queries)))
     return {

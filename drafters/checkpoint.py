@@ -100,10 +100,12 @@ class DrafterKind:
     Args:
         load: builds the drafter: ``load(source, target, tokenizer, draws, **options)``.
         read: the source and the options from the whole name; by default ``PATH?options``.
+        takes: what stands behind the colon, for messages.
     """
 
     load: Loader
     read: Reader = read_checkpoint
+    takes: str = "PATH"
 
 
 @dataclass(eq=False)

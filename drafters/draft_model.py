@@ -41,6 +41,7 @@ class DraftModel:
         max_requests: most requests at a time.
         self_test: False trusts the attention probe alone; for tests.
         around_growth: entered around every forward over draft nodes, never around one over committed tokens.
+        around_forward: entered around every forward.
 
     Raises:
         UnsupportedError: the model cannot score trees; the message says why.
@@ -55,12 +56,13 @@ class DraftModel:
         max_requests: int = 64,
         self_test: bool = True,
         around_growth: Callable[[], AbstractContextManager[None]] = nullcontext,
+        around_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         route = choose_route(model, max_length=max_length, self_test=self_test)
         if route.kind != "tree":
             raise UnsupportedError(f"{type(model).__name__} cannot be a draft model: {' '.join(route.reasons)}")
         self.max_length = max_length
-        self._around_growth = around_growth
+        self._around_growth, self._around_forward = around_growth, around_forward
         self._target = TreeTarget(
             model, route.calls, kv_tokens=kv_tokens, max_length=max_length, max_batch_size=max_requests,
             max_step_tokens=max_requests * _PIECE,
@@ -142,4 +144,5 @@ class DraftModel:
     def _forward(self, growths: Sequence[Growth], rows: npt.NDArray[np.int64]) -> torch.Tensor:
         layouts, positions = self._cache.lay_out(growths)
         input_ids = np.concatenate([growth.token_ids for growth in growths], dtype=np.int64)
-        return self._target.run(layouts, input_ids, positions, rows)[0]
+        with self._around_forward():
+            return self._target.run(layouts, input_ids, positions, rows)[0]

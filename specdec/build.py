@@ -17,6 +17,7 @@ from specdec.controller import BackoffController, FixedController
 from specdec.drafters.checkpoint import DrafterKind, PendingDrafter
 from specdec.drafters.diffusion_loading import load_diffusion
 from specdec.drafters.eagle_loading import load_eagle
+from specdec.drafters.early_exit import load_early_exit, read_early_exit
 from specdec.drafters.lm_loading import load_layer_parallel, load_lm
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.ngram import NgramDrafter
@@ -75,6 +76,7 @@ DRAFTERS: Mapping[str, Callable[..., Drafter]] = {
 # What ``KIND:`` stands for; options after ``?`` are keyword arguments of its ``load``.
 DRAFTER_KINDS: Mapping[str, DrafterKind] = {
     "diffusion": DrafterKind(load_diffusion),
+    "early-exit": DrafterKind(load_early_exit, read_early_exit, takes="N"),
     "eagle": DrafterKind(load_eagle),
     "layer-parallel": DrafterKind(load_layer_parallel),
     "lm": DrafterKind(load_lm),
@@ -88,7 +90,7 @@ _MEMORY_SHARE = 0.25  # of what is free, for the KV pool: weights and activation
 
 def drafter_names() -> list[str]:
     """Every way of naming a drafter, for messages."""
-    return [*sorted(DRAFTERS), *(f"{kind}:PATH" for kind in sorted(DRAFTER_KINDS))]
+    return [*sorted(DRAFTERS), *(f"{name}:{kind.takes}" for name, kind in sorted(DRAFTER_KINDS.items()))]
 
 
 def name_drafter(drafter: str | Drafter | PendingDrafter, **options: Any) -> Drafter | PendingDrafter:

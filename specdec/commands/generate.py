@@ -110,6 +110,9 @@ def generate(
     eagle:PATH drafts with an EAGLE-1/2/3 head that was trained for this very model (top_k, depth, min_gain, probe). It
     wins on most text at small batches; it loses with a head for another model, and far beyond its training's context.
 
+    early-exit:N drafts with the target's own first N layers. It wins with targets that were trained to exit early; with
+    others little of it is accepted.
+
     layer-parallel:PATH?n=4 is lm:PATH whose draft runs in groups of n layers, over the ranks of torch.distributed. It
     wins where several devices idle while drafting; where a timed level says that it does not pay, it is off unless
     force=1.

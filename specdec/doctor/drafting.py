@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -88,7 +89,7 @@ def examine_drafter(
     acceptance = tuple(_acceptance(case, form, ids) for form, ids in _prompts(tokenizer).items())
     if isinstance(case.drafter, EagleDrafter):
         agreement, problems = _eagle(case, name)
-    elif isinstance(case.drafter, LmDrafter):
+    elif isinstance(case.drafter, LmDrafter) and isinstance(pending.source, Path):
         agreement, problems = _draft_model(case)
     else:
         agreement, problems = (), list(_foreign_words(case))

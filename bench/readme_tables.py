@@ -22,7 +22,7 @@ __all__ = ["PAGES", "render"]
 _ROOT = Path(__file__).resolve().parents[1]
 _RESULTS = Path("bench/results")
 _FROM_DOCS = "../bench/results"
-PAGES = ("README.md", "docs/performance.md", "docs/benchmarks.md", "docs/serving.md")
+PAGES = ("README.md", "docs/performance.md", "docs/benchmarks.md", "docs/serving.md", "docs/sidecar.md")
 _REPLAYS = (
     "replay_agents_bfloat16",
     "replay_agents_float32",
@@ -179,6 +179,34 @@ def _serve_speed(root: Path) -> str:
     return "\n".join(rows) + "\n\n" + _source("serve_speed", result, link=_FROM_DOCS)
 
 
+def _sidecar_overhead(root: Path) -> str:
+    result = _load(root, "sidecar_overhead")
+    rows = ["| added at the median | whole answer | first event | each event |", "|---|---|---|---|"]
+    names = {"off": "`--mode off`", "observe": "`--mode observe`, with a tokenizer"}
+    for arm, name in names.items():
+        added = result["overhead"]["added"][arm]
+        cells = [f"{added[f'{key}_ms_p50']:.2f} ms" for key in ("whole", "first", "event")]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n\n" + _source("sidecar_overhead", result, link=_FROM_DOCS)
+
+
+def _sidecar_speed(root: Path) -> str:
+    result = _load(root, "sidecar_speed")
+    rows = [
+        "| source | step | race | predicted | grid of 4 | predicted | drafting inside the server | same text |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in result["speed"]:
+        for source, own in run["sources"].items():
+            arms = [own[name] for name in ("race", "grid", "inside")]
+            cells = [f"{own['race']['speedup']:.2f}x", f"{own['race']['predicted']:.2f}x"]
+            cells += [f"{own['grid']['speedup']:.2f}x", f"{own['grid']['predicted']:.2f}x"]
+            cells.append(f"{own['inside']['speedup']:.2f}x")
+            same = "yes" if all(arm["same_text"] for arm in arms) else "no"
+            rows.append(f"| {source} | {run['step_ms']:.0f} ms | {' | '.join(cells)} | {same} |")
+    return "\n".join(rows) + "\n\n" + _source("sidecar_speed", result, link=_FROM_DOCS)
+
+
 _TABLES: Mapping[str, Callable[[Path], str]] = {
     "demo": _demo,
     "plain_speed": _plain_speed,
@@ -190,6 +218,8 @@ _TABLES: Mapping[str, Callable[[Path], str]] = {
     "simulate": _of_bench(simulation_table, "simulate"),
     "live": _of_bench(live_table, "live"),
     "serve_speed": _serve_speed,
+    "sidecar_overhead": _sidecar_overhead,
+    "sidecar_speed": _sidecar_speed,
 }
 
 

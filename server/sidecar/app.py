@@ -145,11 +145,12 @@ class Sidecar:
         """The body as it comes, while the upstream's speed is measured."""
         assert self.speed is not None
         last: float | None = None
+        was_crowded = False
         async for piece in self._pieces(answer):
             now = perf_counter()
             if last is not None:
-                self.speed.shop.timing.saw_gap(now - last, piece.count(b"data:"))
-            last = now
+                self.speed.shop.saw_gap(now - last, piece.count(b"data:"), was_crowded=was_crowded)
+            last, was_crowded = now, self.speed.shop.is_crowded
             yield piece
 
     async def _begin(self, request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:

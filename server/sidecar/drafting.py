@@ -39,6 +39,22 @@ class Shop:
     metrics: SidecarMetrics
     has_uncut: bool = field(default=False)  # an event could not be cut: sampled requests are passed through from then
 
+    @property
+    def is_crowded(self) -> bool:
+        """Branches are under way."""
+        return self.budget.num_branches > 0
+
+    def saw_gap(self, seconds: float, num_tokens: int, *, was_crowded: bool) -> None:
+        """Time between two events of a client's own stream.
+
+        Args:
+            seconds: between them.
+            num_tokens: of the later one.
+            was_crowded: branches were under way at the earlier one.
+        """
+        self.timing.saw_gap(seconds, num_tokens)
+        self.gate.saw_gap(seconds / max(num_tokens, 1), is_crowded=was_crowded)
+
 
 def drafts_of(
     cache: SuffixCache, request_id: str, new_ids: Sequence[int], *, limit: int, threshold: float

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from time import monotonic
 
 from specdec.errors import ConfigError
@@ -13,6 +14,8 @@ from specdec.server.sidecar.plan import Timing
 __all__ = ["Budget", "BudgetOptions", "LoadGate"]
 
 _MAX_TENANTS = 4096
+_LEAST_COMPARED, _COMPARED = 16, 96  # gaps, with branches and without
+_LONGEST_PAUSE_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,11 @@ class Budget:
         """Extra tokens that may still be spent."""
         return self._left
 
+    @property
+    def num_branches(self) -> int:
+        """Branches under way."""
+        return sum(self._branches.values())
+
     def earn(self, tenant: str, num_tokens: int) -> None:
         """A client received tokens."""
         earned = self._options.ratio * num_tokens
@@ -71,7 +79,7 @@ class Budget:
     def spend(self, tenant: str, num_branches: int, num_tokens: int) -> bool:
         """Take room for branches and their tokens; False, and nothing taken, if there is not enough."""
         options = self._options
-        if sum(self._branches.values()) + num_branches > options.max_branches:
+        if self.num_branches + num_branches > options.max_branches:
             return False
         if self._branches.get(tenant, 0) + num_branches > options.max_branches_per_tenant:
             return False
@@ -101,6 +109,8 @@ class LoadGate:
         max_inflation: steps that take longer than this many times a quick one close it.
         max_waiting: requests that may wait in the upstream's queue, where it tells.
         cooldown_s: how long a refusal (429, 503) keeps it closed.
+        max_own_inflation: if clients' tokens take longer than this many times as long while branches run, it closes,
+            for twice as long each time.
         clock: seconds.
     """
 
@@ -111,24 +121,46 @@ class LoadGate:
         max_inflation: float = 1.5,
         max_waiting: int = 0,
         cooldown_s: float = 5.0,
+        max_own_inflation: float = 1.1,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._timing, self._clock = timing, clock
         self._max_inflation, self._max_waiting, self._cooldown_s = max_inflation, max_waiting, cooldown_s
+        self._max_own_inflation = max_own_inflation
+        self._alone: deque[float] = deque(maxlen=_COMPARED)
+        self._crowded: deque[float] = deque(maxlen=_COMPARED)
+        self._pause_s, self._why = cooldown_s, ""
         self._closed_until = float("-inf")
         self.num_waiting: float | None = None  # as the upstream last said
 
     def refused(self) -> None:
         """The upstream said that it is busy."""
-        self._closed_until = self._clock() + self._cooldown_s
+        self._closed_until, self._why = self._clock() + self._cooldown_s, "the upstream refused a request"
+
+    def saw_gap(self, seconds: float, *, is_crowded: bool) -> None:
+        """Time per token of a client's stream, while branches ran or not.
+
+        A server that is full from the start shows no change of pace but this one: what branches themselves do to it.
+        """
+        (self._crowded if is_crowded else self._alone).append(seconds)
+        if not is_crowded or len(self._crowded) < _LEAST_COMPARED or len(self._alone) < _LEAST_COMPARED:
+            return
+        if median(self._crowded) > self._max_own_inflation * median(self._alone):
+            self._closed_until, self._why = self._clock() + self._pause_s, "branches slow down clients"
+            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+            self._crowded.clear()
+        elif len(self._crowded) == _COMPARED:
+            self._pause_s = self._cooldown_s
 
     @property
     def why_closed(self) -> str | None:
         """The reason, or None while it is open."""
         if self._clock() < self._closed_until:
-            return "the upstream refused a request"
+            return self._why
         if self.num_waiting is not None and self.num_waiting > self._max_waiting:
             return f"{self.num_waiting:.0f} requests wait upstream"
+        if len(self._alone) < _LEAST_COMPARED:
+            return "the upstream's pace is not known yet"
         usual, now = self._timing.usual_step_s, self._timing.step_s
         if usual is not None and now is not None and now > self._max_inflation * usual:
             return f"steps take {now / usual:.1f} times as long as usual"

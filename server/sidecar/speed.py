@@ -142,6 +142,7 @@ class _Base:
     def __init__(self, stream: EventStream, run: Run) -> None:
         self._stream, self._run = stream, run
         self._last: float | None = None
+        self._was_crowded = False
 
     async def next(self) -> Piece | None:
         piece = await self._stream.next()
@@ -155,8 +156,8 @@ class _Base:
         if piece.token_ids:
             now = perf_counter()
             if self._last is not None:
-                run.shop.timing.saw_gap(now - self._last, len(piece.token_ids))
-            self._last = now
+                run.shop.saw_gap(now - self._last, len(piece.token_ids), was_crowded=self._was_crowded)
+            self._last, self._was_crowded = now, run.shop.is_crowded
         return piece
 
     async def close(self) -> None:

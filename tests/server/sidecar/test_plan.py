@@ -60,8 +60,10 @@ def test_a_busy_upstream_closes_the_gate_within_a_few_tokens():
     now = [0.0]
     timing = Timing()
     gate = LoadGate(timing, clock=lambda: now[0])
+    assert "not known yet" in gate.why_closed
     for _ in range(200):
         timing.saw_gap(0.02, 1)
+        gate.saw_gap(0.02, is_crowded=False)
     assert gate.why_closed is None
     count = 0
     while gate.why_closed is None:
@@ -79,6 +81,12 @@ def test_a_busy_upstream_closes_the_gate_within_a_few_tokens():
     assert "refused" in gate.why_closed
     now[0] = 5.1
     assert gate.why_closed is None
+    for pause in (5, 10, 20):  # branches that slow clients down: twice as long each time
+        while gate.why_closed is None:
+            gate.saw_gap(0.025, is_crowded=True)
+        assert gate.why_closed == "branches slow down clients"
+        now[0] += pause + 0.1
+        assert gate.why_closed is None
 
 
 def test_the_budget_bounds_what_is_wasted_in_all_and_for_each_tenant():
@@ -106,7 +114,10 @@ def test_the_budget_bounds_what_is_wasted_in_all_and_for_each_tenant():
 def shop(plan=None, ratio=0.2, burst=64):
     timing = Timing(0.02, 0.02)
     plan = plan or PlanOptions(min_gain_s=0.0)
-    return Shop(SuffixCache(), plan, timing, LoadGate(timing), Budget(BudgetOptions(ratio, burst)), SidecarMetrics())
+    gate = LoadGate(timing)
+    for _ in range(16):
+        gate.saw_gap(0.02, is_crowded=False)
+    return Shop(SuffixCache(), plan, timing, gate, Budget(BudgetOptions(ratio, burst)), SidecarMetrics())
 
 
 def test_wrong_drafts_stop_when_the_budget_is_gone():

@@ -73,6 +73,7 @@ class TraceCapture:
         options: see ``CaptureOptions``.
         redactor: with ``decode``: text that it finds something in is dropped.
         decode: token ids -> text.
+        opts_out: asked once per request, by its id, before anything of it is kept.
         drafter_of: (name, version) of the drafter that guessed for a request in the step that is observed.
 
     Raises:
@@ -89,28 +90,24 @@ class TraceCapture:
         options: CaptureOptions | None = None,
         redactor: Redactor | None = None,
         decode: Callable[[Sequence[int]], str] | None = None,
+        opts_out: Callable[[str], bool] = lambda _: False,
         drafter_of: Callable[[str], tuple[str, int]] = lambda _: ("", 0),
     ) -> None:
         if redactor is not None and decode is None:
             raise ConfigError("a redactor reads text: decode must be given")
         self._sink, self._consent, self._hashes, self._target = sink, consent, hashes, target
         self.options = options or CaptureOptions()
-        self._redactor, self._decode, self._drafter_of = redactor, decode, drafter_of
+        self._redactor, self._decode = redactor, decode
+        self._opts_out, self._drafter_of = opts_out, drafter_of
         self.queue: TraceQueue[LiveTrace] = TraceQueue(self.options.queue)
         self.counts: Counter[str] = self.queue.counts
         self._live: dict[str, tuple[RequestState, LiveTrace | None]] = {}  # None: not to be kept
-        self._opted_out: set[str] = set()
         self._breaker = _Breaker(self.options.pause_s)
         self._lock = threading.Lock()  # of the live requests; held for microseconds
         self._wake = threading.Event()
         self._is_writing = self._is_urgent = self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="specdec-capture", daemon=True)
         self._thread.start()
-
-    def opt_out(self, request_id: str) -> None:
-        """Never keep this request; called before it is submitted."""
-        with self._lock:
-            self._opted_out.add(request_id)
 
     def observe(self, events: Sequence[StepEvent]) -> None:
         options = self.options
@@ -152,8 +149,7 @@ class TraceCapture:
     def _begin(self, state: RequestState) -> LiveTrace | None:
         request_id = state.request_id
         trace = None
-        if request_id in self._opted_out:
-            self._opted_out.discard(request_id)
+        if self._opts_out(request_id):
             self.counts["opted out"] += 1
         elif not self._consent.allows(state.request.tenant):
             self.counts["no consent"] += 1

@@ -95,6 +95,7 @@ class TrainDaemon:
         options: see ``DaemonOptions``.
         gate: decides whether learning still pays; None: always.
         report: called after every step and publication.
+        duty: share of the time that it works, where it has to share a device with a server.
 
     Raises:
         LoadError: the checkpoint cannot be read.
@@ -111,10 +112,11 @@ class TrainDaemon:
         options: DaemonOptions | None = None,
         gate: TrainGate | None = None,
         report: Callable[[DaemonStatus], None] = lambda _: None,
+        duty: float = 1.0,
     ) -> None:
         self._transport, self._registry, self._learner = transport, registry, learner
         self._target, self._work, self.options = target, work, options or DaemonOptions()
-        self._gate, self._report = gate, report
+        self._gate, self._report, self._duty = gate, report, duty
         self.status = DaemonStatus()
         work.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.ledger = Ledger(work / _LEDGER)
@@ -167,7 +169,9 @@ class TrainDaemon:
             self.status.num_skipped += 1
         else:
             for batch in _batches(taught, round(self.options.tokens_per_step * self.options.mix.new)):
+                started = time.monotonic()
                 self._learn(batch)
+                time.sleep((time.monotonic() - started) * (1 / self._duty - 1))
         self.pool.add(lease.shard_id, taught)
         self._learned.append((lease.shard_id, len(records), sum(len(record.token_ids) for record in records)))
         self._window.append(lease.shard_id)

@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -234,12 +234,12 @@ class Registry:
         """Never serve a version again; one that is current stays until it is rolled back."""
         self._decide("mark", version, why, mark=version)
 
-    def mark_trained_on(self, shards: Sequence[str], why: str) -> list[int]:
-        """Mark every version that learned from some of these shards, or descends from one that did."""
+    def mark_tenant(self, tenant: str, why: str) -> list[int]:
+        """Mark every version that learned from a tenant (its keyed hash), or descends from one that did."""
         tainted: set[int] = set()
         for version in self.numbers():
             manifest = self.manifest(version)
-            if manifest.parent in tainted or not tainted.isdisjoint({version}) or set(manifest.window) & set(shards):
+            if manifest.parent in tainted or tenant in manifest.tenants:
                 tainted.add(version)
                 self.mark(version, why)
         return sorted(tainted)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from specdec.errors import ConfigError, InternalError
 from specdec.online_training.guard import share_of
+from specdec.online_training.registry import Registry
 from specdec.online_training.version_weights import WeightedDrafter, check_like, copy_weights
 from specdec.types import DraftTree, IntArray, RequestState, StepEvent
 
@@ -90,6 +91,7 @@ class VersionedDrafter:
         canary_share: of new requests, for the canary.
         shadow_share: of new requests, for which the pinned version drafts unseen.
         at_once: copy into the lane in use.
+        registry: where the versions come from, for who looks after them; None: from nowhere.
     """
 
     def __init__(
@@ -101,7 +103,9 @@ class VersionedDrafter:
         canary_share: float = 0.05,
         shadow_share: float = 0.01,
         at_once: bool = False,
+        registry: Registry | None = None,
     ) -> None:
+        self.registry = registry
         self._pattern = dict(weights)
         self._lanes = [_Lane(make()) for _ in range(1 if at_once else _NUM_LANES)]
         missing = sorted(

@@ -16,7 +16,9 @@ from starlette.exceptions import HTTPException
 
 from specdec import __version__
 from specdec.errors import RequestError, UnsupportedError
+from specdec.server.admin import add_admin
 from specdec.server.generation import EngineError, answer_request, make_jobs
+from specdec.server.keys import bearer_tenant
 from specdec.server.limits import BodyLimit
 from specdec.server.prompts import chat_grammar, chat_prompt, completion_prompts
 from specdec.server.service import Service
@@ -40,6 +42,7 @@ def create_app(service: Service) -> FastAPI:
             yield
         finally:
             is_clean = await run_in_threadpool(service.worker.drain, service.options.drain_s)
+            await run_in_threadpool(service.online.close)
             await run_in_threadpool(service.tracer.close)
             logger.info("engine stopped; %s", "all requests finished" if is_clean else "some requests were cut off")
 
@@ -48,6 +51,7 @@ def create_app(service: Service) -> FastAPI:
     _add_errors(app, service)
     _add_generation(app, service)
     _add_service_routes(app, service)
+    add_admin(app, service.online, service.admin_keys)
     add_page(app)
     return app
 
@@ -128,8 +132,7 @@ def _tenant(service: Service, request: Request) -> str:
     """
     if service.keys.is_open:
         return "anonymous"
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    tenant = service.keys.tenant_of(key.strip()) if scheme.lower() == "bearer" else None
+    tenant = bearer_tenant(service.keys, request.headers)
     if tenant is None:
         raise HTTPException(401, "the API key is missing or unknown: send Authorization: Bearer KEY")
     return tenant

@@ -17,7 +17,7 @@ from specdec.errors import RequestError
 from specdec.server.affinity import HEADER, affinity_of
 from specdec.server.answers import Answer, Kind
 from specdec.server.exchange import conversation
-from specdec.server.prompts import jobs_of
+from specdec.server.prompts import jobs_of, marked_private
 from specdec.server.service import Service
 from specdec.server.tracing import RequestSpan
 from specdec.server.wire import ChatRequest, CompletionRequest
@@ -61,6 +61,7 @@ async def answer_request(
     has_tools: bool = False,
 ) -> Response:
     """Run the jobs; the whole answer, or a stream."""
+    jobs = marked_private(jobs, request.headers)
     answer_id = jobs[0].request.request_id.rpartition("-")[0]
     tokenizer = service.serving.tokenizer
     answer = Answer(

@@ -9,12 +9,13 @@ import hashlib
 import hmac
 import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from specdec.errors import ConfigError, LoadError
 
-__all__ = ["Keyring", "add_key", "hash_key"]
+__all__ = ["Keyring", "add_key", "bearer_tenant", "hash_key"]
 
 _PREFIX = "sk-specdec-"
 _SCHEME = "sha256:"
@@ -74,6 +75,12 @@ class Keyring:
         if not pairs or len(set(names)) < len(names):
             raise ConfigError(f"{path} must hold at least one key and every tenant once, got {names}")
         return cls(tuple(pairs))
+
+
+def bearer_tenant(keys: Keyring, headers: Mapping[str, str]) -> str | None:
+    """Whose key stands in ``Authorization: Bearer KEY``; None if none of these does."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return keys.tenant_of(key.strip()) if scheme.lower() == "bearer" else None
 
 
 def add_key(path: Path, tenant: str) -> str:

@@ -20,6 +20,7 @@ from specdec.server.app import create_app
 from specdec.server.keys import Keyring
 from specdec.server.listening import listen
 from specdec.server.metrics import ServerMetrics
+from specdec.server.online import OnlineOptions, build_online
 from specdec.server.prompts import Serving
 from specdec.server.service import Service, ServiceOptions
 from specdec.server.speculation import CappedController, Choices, RoutedDrafter
@@ -47,6 +48,7 @@ class ServerOptions:
         metrics_prefix: of all metric names.
         service: towards clients.
         otlp_endpoint: base URL of an OpenTelemetry collector; None: no spans.
+        online: capture and versions of drafters that learn.
         engine: fields of ``EngineConfig``.
     """
 
@@ -57,6 +59,7 @@ class ServerOptions:
     metrics_prefix: str = "specdec:"
     service: ServiceOptions = field(default_factory=ServiceOptions)
     otlp_endpoint: str | None = None
+    online: OnlineOptions = field(default_factory=OnlineOptions)
     engine: dict[str, Any] = field(default_factory=dict)
 
 
@@ -66,6 +69,7 @@ def build_service(
     eos_ids: Sequence[int],
     options: ServerOptions,
     keys: Keyring | None = None,
+    admin_keys: Keyring | None = None,
 ) -> Service:
     """A service around a model.
 
@@ -75,6 +79,7 @@ def build_service(
         eos_ids: tokens that end an output.
         options: see ``ServerOptions``.
         keys: who is let in; None: everybody.
+        admin_keys: who may use ``/admin``; None: nobody.
 
     Raises:
         ConfigError: an option breaks its rule.
@@ -86,9 +91,10 @@ def build_service(
     drafter = RoutedDrafter(dict(zip(choices.drafters, loaded, strict=True)), choices)
     planner: Controller = BackoffController() if options.budget is None else FixedController(options.budget)
     watcher = StepWatcher()
+    online = build_online(options.online, model, tokenizer, choices, loaded)
     engine = build_engine(
-        model, drafter, controller=CappedController(planner, choices), tokenizer=tokenizer, observers=[watcher],
-        **options.engine,
+        model, drafter, controller=CappedController(planner, choices), tokenizer=tokenizer,
+        observers=[watcher, *online.observers], **options.engine,
     )  # fmt: skip
     compile_ahead(*loaded, engine.verifier)
     max_length = min(engine.target.max_length, longest_request(engine))
@@ -105,9 +111,13 @@ def build_service(
         return EngineWorker(engine, choices, watcher, deliver, max_in_flight=options.max_in_flight)
 
     def make_metrics(worker: EngineWorker) -> ServerMetrics:
-        return ServerMetrics(worker, model=options.name, drafter=choices.drafters[0], prefix=options.metrics_prefix)
+        return ServerMetrics(
+            worker, model=options.name, drafter=choices.drafters[0], prefix=options.metrics_prefix, online=online
+        )
 
-    return Service(serving, choices, make_worker, keys or Keyring(), make_metrics, options.service, tracer)
+    return Service(
+        serving, choices, make_worker, keys or Keyring(), make_metrics, options.service, tracer, online, admin_keys
+    )
 
 
 def serve(service: Service, bound: socket.socket) -> None:

@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from specdec.errors import ConfigError
+from specdec.server.online import Online
 from specdec.server.worker import EngineWorker
 
 __all__ = ["ServerMetrics"]
@@ -23,8 +24,8 @@ _LABELS = ("model_name", "engine")
 class _EngineCollector(Collector):
     """Turns the worker's sums into metric families at scrape time."""
 
-    def __init__(self, prefix: str, model: str, worker: EngineWorker, drafter: str) -> None:
-        self._prefix, self._worker = prefix, worker
+    def __init__(self, prefix: str, model: str, worker: EngineWorker, drafter: str, online: Online) -> None:
+        self._prefix, self._worker, self._online = prefix, worker, online
         self._values = (model, "0")
         self._drafter = drafter
 
@@ -56,9 +57,39 @@ class _EngineCollector(Collector):
         yield self._gauge("num_requests_running", "Requests in the batch.", running)
         yield self._gauge("num_requests_waiting", "Requests that wait for room.", waiting)
         yield self._gauge("kv_cache_usage_perc", "Share of the KV pool in use, 0 to 1.", self._worker.kv_usage)
-        drafter = GaugeMetricFamily(f"{self._prefix}drafter_info", "The default drafter.", labels=(*_LABELS, "drafter"))
-        drafter.add_metric((*self._values, self._drafter), 1)
+        labels = (*_LABELS, "drafter", "drafter_version")
+        drafter = GaugeMetricFamily(f"{self._prefix}drafter_info", "The default drafter.", labels=labels)
+        versioned = self._online.versioned
+        drafter.add_metric((*self._values, self._drafter, str(versioned.version_in("current") if versioned else 0)), 1)
         yield drafter
+        yield from self._learning()
+
+    def _learning(self) -> Iterator[Metric]:
+        """What drafters that learn did, by version, and what became of captured requests."""
+        online = self._online
+        if online.versioned is not None:
+            counts = dict(online.versioned.counts)
+            texts = {
+                "num_rounds": "Steps that drafted",
+                "num_drafted": "Draft tokens",
+                "num_accepted": "Accepted tokens",
+            }
+            for name, text in texts.items():
+                family = CounterMetricFamily(
+                    f"{self._prefix}drafter_version_{name.removeprefix('num_')}", f"{text}, by version of the drafter.",
+                    labels=(*_LABELS, "drafter_version"),
+                )  # fmt: skip
+                for version, done in counts.items():
+                    family.add_metric((*self._values, str(version)), getattr(done, name))
+                yield family
+            yield self._counter("drafter_swaps", "Times that weights were swapped.", online.versioned.num_swaps)
+        if online.capture is not None:
+            family = CounterMetricFamily(
+                f"{self._prefix}captured_requests", "Requests by what the capture did.", labels=(*_LABELS, "outcome")
+            )
+            for outcome, count in dict(online.capture.counts).items():
+                family.add_metric((*self._values, outcome.replace(" ", "_")), count)
+            yield family
 
     def _counter(self, name: str, text: str, value: float) -> Metric:
         family = CounterMetricFamily(self._prefix + name, text, labels=_LABELS)
@@ -79,16 +110,25 @@ class ServerMetrics:
         model: value of the label ``model_name``.
         drafter: the default drafter.
         prefix: of all names, ``vllm:`` for tools that expect vLLM.
+        online: its versions and captures are counted too.
 
     Raises:
         ConfigError: the prefix is no beginning of a metric's name.
     """
 
-    def __init__(self, worker: EngineWorker, *, model: str, drafter: str, prefix: str = "specdec:") -> None:
+    def __init__(
+        self,
+        worker: EngineWorker,
+        *,
+        model: str,
+        drafter: str,
+        prefix: str = "specdec:",
+        online: Online | None = None,
+    ) -> None:
         if not prefix.replace(":", "").replace("_", "").isalnum():
             raise ConfigError(f"metrics_prefix must be letters, digits, _ and :, got {prefix!r}")
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(prefix, model, worker, drafter))
+        self._registry.register(_EngineCollector(prefix, model, worker, drafter, online or Online()))
         self._values = (model, "0")
         self._ttft = self._histogram(f"{prefix}time_to_first_token_seconds", "Until the first token.")
         self._tpot = self._histogram(f"{prefix}time_per_output_token_seconds", "Per token after the first.")

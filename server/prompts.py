@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from specdec.errors import RequestError, UnsupportedError
+from specdec.online_training.privacy import Consent
 from specdec.server.speculation import Choices
 from specdec.server.tools import forced_schemas
 from specdec.server.wire import ChatRequest, CompletionRequest, GenerationRequest
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from specdec.server.grammar import GrammarCompiler
 
-__all__ = ["Serving", "chat_grammar", "chat_prompt", "completion_prompts", "jobs_of"]
+__all__ = ["Serving", "chat_grammar", "chat_prompt", "completion_prompts", "jobs_of", "marked_private"]
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: the choices of a request get well-separated seeds
 
@@ -191,3 +192,10 @@ def _sampling(serving: Serving, body: GenerationRequest, prompt: Sequence[int], 
         stop_token_ids=(*(() if body.ignore_eos else serving.eos_ids), *body.stop_token_ids),
         stop_strings=body.stop_strings,
     )
+
+
+def marked_private(jobs: Sequence[Job], headers: Mapping[str, str]) -> list[Job]:
+    """The jobs; they are never captured if the request's headers forbid it."""
+    if not Consent.opts_out(headers):
+        return list(jobs)
+    return [replace(job, choice=replace(job.choice, is_private=True)) for job in jobs]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from specdec.server.exchange import Mailboxes
 from specdec.server.keys import Keyring
 from specdec.server.metrics import ServerMetrics
+from specdec.server.online import Online
 from specdec.server.prompts import Serving
 from specdec.server.speculation import Choices
 from specdec.server.tracing import NoTracer, RequestTracer
@@ -46,6 +47,8 @@ class Service:
         make_metrics: builds the metrics of a worker.
         options: see ``ServiceOptions``.
         tracer: makes the spans of requests.
+        online: captures traffic and follows a registry.
+        admin_keys: who may use ``/admin``; None: nobody.
     """
 
     serving: Serving
@@ -55,6 +58,8 @@ class Service:
     make_metrics: Callable[[EngineWorker], ServerMetrics]
     options: ServiceOptions = field(default_factory=ServiceOptions)
     tracer: RequestTracer = field(default_factory=NoTracer)
+    online: Online = field(default_factory=Online)
+    admin_keys: Keyring | None = None
     worker: EngineWorker = field(init=False)
     mailboxes: Mailboxes = field(init=False)
     metrics: ServerMetrics = field(init=False)
@@ -65,3 +70,4 @@ class Service:
         self.worker = self.make_worker(self.mailboxes.deliver)
         self.metrics = self.make_metrics(self.worker)
         self.worker.start()
+        self.online.start()

@@ -33,12 +33,14 @@ class Choice:
         hint_ids: [H] int32: text that the output is expected to repeat; its drafter reads it as if it stood before
             the prompt.
         trim: takes from a draft what cannot be accepted.
+        is_private: the request must not be captured.
     """
 
     drafter: str
     max_draft_tokens: int | None = None
     hint_ids: IntArray | None = None
     trim: Trim | None = None
+    is_private: bool = False
 
 
 class Choices:

@@ -1,4 +1,4 @@
-"""The page at ``/``: three files of the package, no build step, nothing from elsewhere."""
+"""The page at ``/``: a few files of the package, no build step, nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from fastapi.responses import Response
 
 __all__ = ["add_page"]
 
-_TYPES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+_TYPES = {
+    "index.html": "text/html",
+    "page.css": "text/css",
+    "page.js": "text/javascript",
+    "versions.js": "text/javascript",
+}
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",

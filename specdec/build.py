@@ -28,6 +28,7 @@ from specdec.engine import Engine
 from specdec.errors import ConfigError, UnsupportedError
 from specdec.kernels.launch import uses_triton
 from specdec.memory import free_bytes
+from specdec.online_training.registry_kind import registry_kind
 from specdec.packed_linear import pack_linears, packing_obstacle, unpack_linears
 from specdec.plain_target import PlainTarget
 from specdec.protocols import Controller, Drafter, Draws, Observer, TargetModel, Verifier
@@ -80,6 +81,7 @@ DRAFTER_KINDS: Mapping[str, DrafterKind] = {
     "eagle": DrafterKind(load_eagle),
     "layer-parallel": DrafterKind(load_layer_parallel),
     "lm": DrafterKind(load_lm),
+    "registry": registry_kind(lambda kind, *args, **options: DRAFTER_KINDS[kind].load(*args, **options)),
 }
 VERIFIERS = ("match", *RULES, "typical")
 

@@ -23,6 +23,7 @@ from specdec.commands.regenerate import regenerate
 from specdec.commands.serve import keys, serve
 from specdec.commands.sidecar import sidecar
 from specdec.commands.train import train
+from specdec.commands.traind import drafters, traind
 from specdec.errors import InternalError, SpecdecError
 
 __all__ = ["app", "main"]
@@ -60,6 +61,8 @@ app.command()(check)
 app.command()(doctor)
 app.command()(serve)
 app.command()(keys)
+app.command()(traind)
+app.add_typer(drafters)
 app.command()(sidecar)
 app.add_typer(bench, name="bench")
 app.add_typer(corpus)

@@ -65,13 +65,14 @@ def test_refused_requests_never_reach_the_disk(
 ) -> None:
     root = tmp_path_factory.mktemp("refused")
     spool = Spool(root)
-    capture = capture_to(spool, Consent(frozenset(opted_in)))
+    refused: set[str] = set()
+    capture = capture_to(spool, Consent(frozenset(opted_in)), opts_out=refused.__contains__)
     marked = []
     for index, (tenant, opts_out) in enumerate(asks):
         request = requests(index + 1, tenant=tenant)[index]
         marked.append((request, opts_out or tenant.split("/")[0] not in opted_in))
         if opts_out:
-            capture.opt_out(request.request_id)
+            refused.add(request.request_id)
     serve([request for request, _ in marked], [capture])
     capture.close()
     lease = spool.lease("w")

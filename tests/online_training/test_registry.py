@@ -100,13 +100,13 @@ def test_old_versions_are_deleted_but_not_those_in_use(registry: Registry) -> No
 
 def test_what_learned_from_forgotten_text_is_marked_with_its_descendants(registry: Registry) -> None:
     publish(registry, 1)
-    publish(registry, 2, window=("a", "b"))
+    publish(registry, 2, tenants=("x", "y"))
     third = registry.publish(
         lambda folder: (folder.mkdir(), (folder / "w").write_text("x")),  # type: ignore[arg-type,func-returns-value]
-        Manifest(version=0, parent=2, kind="lm", target="t", window=("c",)),
+        Manifest(version=0, parent=2, kind="lm", target="t", tenants=("y",)),
     )
-    publish(registry, 4, window=("d",))
-    assert registry.mark_trained_on(["b"], "a tenant was forgotten") == [2, third.version]
+    publish(registry, 4, tenants=("z",))
+    assert registry.mark_tenant("x", "a tenant was forgotten") == [2, third.version]
     assert set(registry.state().marks) == {2, 3}
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from specdec.bench.drafter_tables import draft_profile_table, model_drafters_table
 from specdec.bench.result_tables import live_table, replay_table, simulation_table
 from specdec.errors import ConfigError, LoadError
 
@@ -22,7 +23,14 @@ __all__ = ["PAGES", "render"]
 _ROOT = Path(__file__).resolve().parents[1]
 _RESULTS = Path("bench/results")
 _FROM_DOCS = "../bench/results"
-PAGES = ("README.md", "docs/performance.md", "docs/benchmarks.md", "docs/serving.md", "docs/sidecar.md")
+PAGES = (
+    "README.md",
+    "docs/performance.md",
+    "docs/benchmarks.md",
+    "docs/serving.md",
+    "docs/sidecar.md",
+    "docs/drafters.md",
+)
 _REPLAYS = (
     "replay_agents_bfloat16",
     "replay_agents_float32",
@@ -161,6 +169,14 @@ def _of_bench(make: Callable[..., str], *names: str, link: str = _FROM_DOCS, **o
     return lambda root: make(root / _RESULTS, *names, link=link, **options)
 
 
+def _of_drafters(name: str, make: Callable[[Mapping[str, Any]], str]) -> Callable[[Path], str]:
+    def table(root: Path) -> str:
+        result = _load(root, name)
+        return make(result) + "\n" + _source(name, result, link=_FROM_DOCS)
+
+    return table
+
+
 def _serve_speed(root: Path) -> str:
     result = _load(root, "serve_speed")
     rows = ["| traffic | streams | plain | n-gram | suffix | same tokens |", "|---|---|---|---|---|---|"]
@@ -220,6 +236,8 @@ _TABLES: Mapping[str, Callable[[Path], str]] = {
     "serve_speed": _serve_speed,
     "sidecar_overhead": _sidecar_overhead,
     "sidecar_speed": _sidecar_speed,
+    "model_drafters": _of_drafters("model_drafters", model_drafters_table),
+    "draft_profile": _of_drafters("draft_profile", draft_profile_table),
 }
 
 

@@ -23,8 +23,8 @@ __all__ = ["Question", "Unreachable", "Upstream", "end_to_end"]
 
 # RFC 9110, 7.6.1: these concern one connection only. Host and lengths are made anew.
 _HOP_BY_HOP = frozenset(
-    {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"}
-    | {"transfer-encoding", "upgrade"}
+    {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "trailer"}
+    | {"transfer-encoding", "upgrade", "te"}  # codespell:ignore te
 )
 _MADE_ANEW = frozenset({"host", "content-length", "expect"})
 _OURS = "x-spec"  # prefix of the headers that are for the sidecar alone

@@ -181,7 +181,7 @@ def test_what_goes_wrong_with_a_branch_does_not_reach_the_client(trap, number):
     assert server.continuations >= 1
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     st.lists(st.integers(3, 60), max_size=3),
     st.integers(1, 4),

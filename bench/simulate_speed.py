@@ -21,7 +21,7 @@ from specdec.suffix_tree.cache import SuffixCache
 
 __all__ = ["cache_scaling", "host_time", "long_prompt"]
 
-_THRESHOLD = 0.17  # drafts about as many tokens as the peer at its defaults
+_THRESHOLD = 0.1  # the least probability that the peer drafts at by default; drafts about as many tokens
 
 
 Times = tuple[list[float], int, list[float]]  # seconds of each call, request-steps, seconds of each prompt

@@ -51,9 +51,7 @@ MAX_MEMBERS: Final = 4096  # candidates summed over the branches of a tree searc
     X_NUM_BUCKETS,  # grows by one bucket at a time (linear hashing), so there is no pause
     X_BUCKET_MASK,  # 2 * (largest power of two <= X_NUM_BUCKETS) - 1
     X_NUM_POSITIONS,  # tokens held, tails included
-    X_PROBS,  # float32 [tables]: calibration, see calibration.py
-    X_STRETCHED,  # float32 [tables]
-    X_COUNTS,  # float32 [tables]
+    X_CELLS,  # float32 [tables, CELL_WIDTH]: calibration, see calibration.py
     X_WEIGHTS,  # float32
     X_NUM_RECYCLED,  # pages ever returned: chains can hold cycles after the first
     X_FROZEN,  # 1: calibration does not learn
@@ -61,7 +59,7 @@ MAX_MEMBERS: Final = 4096  # candidates summed over the branches of a tree searc
     X_FIRST_PAGE,  # int32 [sequences]
     X_LAST_USED,  # int32 [sequences]: tick of the last append to it or longest match in it
     INDEX_SLOTS,
-) = range(23)
+) = range(21)
 
 # --- request row ----------------------------------------------------------------------------------------------------
 (

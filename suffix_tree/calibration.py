@@ -29,16 +29,27 @@ from specdec.suffix_tree._layout import (
     R_DRAFTED,
     R_HISTORY,
     RECORD_WIDTH,
-    X_COUNTS,
+    X_CELLS,
     X_FROZEN,
-    X_PROBS,
-    X_STRETCHED,
     X_WEIGHTS,
 )
 from specdec.suffix_tree.memory import Int32Array, Int64Array, float32_at, int32_at, kernel
 from specdec.suffix_tree.surroundings import BEYONDS, DISTANCES
 
-__all__ = ["NUM_TABLE_CELLS", "NUM_WEIGHTS", "SETS_BY_DEPTH", "SET_WIDTH", "T_TOKEN", "describe", "learn", "predict"]
+__all__ = [
+    "CELL_WIDTH",
+    "C_COUNT",
+    "C_PROB",
+    "C_STRETCHED",
+    "NUM_TABLE_CELLS",
+    "NUM_WEIGHTS",
+    "SETS_BY_DEPTH",
+    "SET_WIDTH",
+    "T_TOKEN",
+    "describe",
+    "learn",
+    "predict",
+]
 
 FloatArray = npt.NDArray[np.float32]
 f4 = np.float32
@@ -64,6 +75,10 @@ T_TOKEN = T_BEYOND + LENGTHS * BEYONDS * NUM_SOURCES * DISTANCES
 T_BIGRAM = T_TOKEN + (1 << TOKEN_BITS)
 T_TRIGRAM = T_BIGRAM + (1 << BIGRAM_BITS)
 NUM_TABLE_CELLS = T_TRIGRAM + (1 << BIGRAM_BITS)
+# A cell: its probability as the mixer reads it, log(p / (1 - p)); p - 1/2, so that untouched memory means "unknown";
+# and how many outcomes it stands for. A cell lies in one cache line: prediction brings in what learning changes.
+CELL_WIDTH = 4  # the fourth place is unused
+C_STRETCHED, C_PROB, C_COUNT = range(3)
 TOKEN_INPUTS = 5  # inputs from here on belong to tokens: nothing is known about them at first
 SETS_BY_DEPTH = DEPTHS * NUM_SOURCES * 4
 SET_WIDTH = NUM_INPUTS + 1  # a weight for each input, and a bias
@@ -144,43 +159,42 @@ def describe(
 
 
 @kernel
-def predict(stretched: FloatArray, weights: FloatArray, cells: Int32Array, at: int) -> Any:
-    """Probability that a node described by ``cells[at:]`` is accepted, given that its parent is."""
-    w = cells[at + NUM_INPUTS] * SET_WIDTH
-    v = cells[at + NUM_INPUTS + 1] * SET_WIDTH
+def predict(cells: FloatArray, weights: FloatArray, inputs: Int32Array, at: int) -> Any:
+    """Probability that a node described by ``inputs[at:]`` is accepted, given that its parent is."""
+    w = inputs[at + NUM_INPUTS] * SET_WIDTH
+    v = inputs[at + NUM_INPUTS + 1] * SET_WIDTH
     x = weights[w + NUM_INPUTS] + weights[v + NUM_INPUTS]
     for i in range(NUM_INPUTS):
-        x += (weights[w + i] + weights[v + i]) * stretched[cells[at + i]]
+        x += (weights[w + i] + weights[v + i]) * cells[inputs[at + i] * CELL_WIDTH + C_STRETCHED]
     return f4(1.0) / (f4(1.0) + np.exp(-x))
 
 
 @kernel
-def _learn_node(x: Int64Array, cells: Int32Array, at: int, accepted: bool) -> None:
-    stretched = float32_at(x[X_STRETCHED])
-    probs = float32_at(x[X_PROBS])
-    counts = float32_at(x[X_COUNTS])
+def _learn_node(x: Int64Array, inputs: Int32Array, at: int, accepted: bool) -> None:
+    cells = float32_at(x[X_CELLS])
     weights = float32_at(x[X_WEIGHTS])
     outcome = f4(1.0) if accepted else f4(0.0)
-    error = (outcome - predict(stretched, weights, cells, at)) * _RATE
-    w = cells[at + NUM_INPUTS] * SET_WIDTH
-    v = cells[at + NUM_INPUTS + 1] * SET_WIDTH
+    error = (outcome - predict(cells, weights, inputs, at)) * _RATE
+    w = inputs[at + NUM_INPUTS] * SET_WIDTH
+    v = inputs[at + NUM_INPUTS + 1] * SET_WIDTH
     weights[w + NUM_INPUTS] += error * f4(0.5)
     weights[v + NUM_INPUTS] += error * f4(0.5)
     for i in range(NUM_INPUTS):
-        cell = cells[at + i]
-        weights[w + i] += error * stretched[cell]
-        weights[v + i] += error * stretched[cell]
-        count = counts[cell]
-        if count < _COUNT_LIMIT:
-            counts[cell] = count + f4(1.0)
-        p = probs[cell] + f4(0.5)  # cells hold p - 1/2, so that untouched memory means "unknown"
+        cell = inputs[at + i] * CELL_WIDTH
+        step = error * cells[cell + C_STRETCHED]
+        weights[w + i] += step
+        weights[v + i] += step
+        count = cells[cell + C_COUNT]
+        p = cells[cell + C_PROB] + f4(0.5)
         p += (outcome - p) / (count + f4(1.5))
         p = min(max(p, _FLOOR), f4(1.0) - _FLOOR)
-        probs[cell] = p - f4(0.5)
+        count = min(count + f4(1.0), _COUNT_LIMIT)
         s = np.log(p / (f4(1.0) - p))
         if i >= TOKEN_INPUTS:
-            s *= counts[cell] / (counts[cell] + f4(2.0))  # a token seen once or twice says little
-        stretched[cell] = s
+            s *= count / (count + f4(2.0))  # a token seen once or twice says little
+        cells[cell + C_STRETCHED] = s
+        cells[cell + C_PROB] = p - f4(0.5)
+        cells[cell + C_COUNT] = count
 
 
 @kernel

@@ -42,8 +42,8 @@ from specdec.suffix_tree._layout import (
     S_INPUTS,
     S_MEMBER,
     S_NEXT,
+    X_CELLS,
     X_PAGE_NEXT,
-    X_STRETCHED,
     X_TOKENS,
     X_WEIGHTS,
 )
@@ -141,7 +141,7 @@ def _score_group(
         s[_BEYOND + best], s[_DISTANCE + best], row[R_HISTORY], before, last, s[group + _G_TOKEN],
     )  # fmt: skip
     x = int64_at(row[R_INDEX])
-    return min(predict(float32_at(x[X_STRETCHED]), float32_at(x[X_WEIGHTS]), s, at), _SURE)
+    return min(predict(float32_at(x[X_CELLS]), float32_at(x[X_WEIGHTS]), s, at), _SURE)
 
 
 @kernel

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from specdec.suffix_tree import _layout as at
-from specdec.suffix_tree.calibration import NUM_TABLE_CELLS, NUM_WEIGHTS, T_TOKEN
+from specdec.suffix_tree.calibration import C_COUNT, C_PROB, CELL_WIDTH, NUM_TABLE_CELLS, NUM_WEIGHTS, T_TOKEN
 from specdec.suffix_tree.integrity import check_arrays
 from specdec.suffix_tree.memory import Int32Array, address_of, overlay_file, reserve_int32
 from specdec.suffix_tree.paged import free_pages
@@ -29,15 +29,14 @@ _PAGE_FIELDS = (at.X_PAGE_NEXT, at.X_PAGE_PREV, at.X_PAGE_OWNER, at.X_FREE, at.X
 BYTES_PER_PAGE = at.PAGE_SIZE * (4 + 4 * at.NUM_ORDERS + 4 * at.NUM_ORDERS // _POSITIONS_PER_BUCKET) + 4 * len(
     _PAGE_FIELDS
 )
-_TABLES = (at.X_PROBS, at.X_STRETCHED, at.X_COUNTS, at.X_WEIGHTS)
+_TABLE_SIZES = {at.X_CELLS: NUM_TABLE_CELLS * CELL_WIDTH, at.X_WEIGHTS: NUM_WEIGHTS}
 _COUNTERS = (
     at.X_NUM_FREE, at.X_NUM_PAGES, at.X_NUM_BUCKETS, at.X_BUCKET_MASK, at.X_NUM_POSITIONS, at.X_NUM_RECYCLED, at.X_TICK,
 )  # fmt: skip
 _ARRAY_NAMES = {
     at.X_TOKENS: "tokens", at.X_LINKS: "links", at.X_HEADS: "heads", at.X_PAGE_NEXT: "page_next",
     at.X_PAGE_PREV: "page_prev", at.X_PAGE_OWNER: "page_owner", at.X_FREE: "free", at.X_FIRST_PAGE: "first_page",
-    at.X_LAST_USED: "last_used", at.X_PROBS: "probs", at.X_STRETCHED: "stretched", at.X_COUNTS: "counts",
-    at.X_WEIGHTS: "weights",
+    at.X_LAST_USED: "last_used", at.X_CELLS: "cells", at.X_WEIGHTS: "weights",
 }  # fmt: skip
 
 
@@ -84,9 +83,9 @@ class SuffixIndex:
         self._reserve(at.X_HEADS, (positions // _POSITIONS_PER_BUCKET + _FIRST_BUCKETS + 1) * at.NUM_ORDERS)
         for field in _PAGE_FIELDS:
             self._reserve(field, max_pages)
-        for field in _TABLES:
-            self._reserve(field, NUM_WEIGHTS if field == at.X_WEIGHTS else NUM_TABLE_CELLS)
-        prior.write(*(self.table(field) for field in _TABLES))
+        for field in _TABLE_SIZES:
+            self._reserve(field, _TABLE_SIZES[field])
+        prior.write(self.table(at.X_CELLS), self.table(at.X_WEIGHTS))
         self.header[at.X_MAX_PAGES] = max_pages
         self.header[at.X_NUM_PAGES] = 1
         self.header[at.X_NUM_BUCKETS] = _FIRST_BUCKETS
@@ -132,7 +131,7 @@ class SuffixIndex:
     @property
     def table_nbytes(self) -> int:
         """Bytes of the calibration tables: a fixed amount per tenant, beside ``nbytes`` and its bound."""
-        return sum(self._arrays[field].nbytes for field in _TABLES)
+        return sum(self._arrays[field].nbytes for field in _TABLE_SIZES)
 
     @property
     def responses(self) -> Mapping[Hashable, int]:
@@ -219,8 +218,9 @@ class SuffixIndex:
 
     def prior(self, *, count_limit: float) -> Prior:
         """What was learned, as starting values for other indexes: a cell counts as at most ``count_limit`` outcomes."""
-        probs = np.clip(self.table(at.X_PROBS)[:T_TOKEN] + np.float32(0.5), 0.002, 0.998)
-        counts = np.minimum(self.table(at.X_COUNTS)[:T_TOKEN], np.float32(count_limit))
+        cells = self.table(at.X_CELLS)[: T_TOKEN * CELL_WIDTH].reshape(-1, CELL_WIDTH)
+        probs = np.clip(cells[:, C_PROB] + np.float32(0.5), 0.002, 0.998)
+        counts = np.minimum(cells[:, C_COUNT], np.float32(count_limit))
         return Prior(probs, counts, self.table(at.X_WEIGHTS)[:NUM_WEIGHTS].copy())
 
     def check_integrity(self) -> None:
@@ -238,8 +238,7 @@ class SuffixIndex:
         used |= {at.X_FIRST_PAGE: self._next_number, at.X_LAST_USED: self._next_number}
         used |= {at.X_TOKENS: pages * at.PAGE_SIZE, at.X_LINKS: pages * at.PAGE_SIZE * at.NUM_ORDERS}
         used[at.X_HEADS] = int(x[at.X_NUM_BUCKETS]) * at.NUM_ORDERS
-        used |= {field: NUM_TABLE_CELLS for field in (at.X_PROBS, at.X_STRETCHED, at.X_COUNTS)}
-        used[at.X_WEIGHTS] = NUM_WEIGHTS
+        used |= _TABLE_SIZES
         return used
 
     def arrays(self) -> Iterator[tuple[str, Int32Array]]:
@@ -267,7 +266,7 @@ class SuffixIndex:
             raise ValueError(
                 f"the saved index needs {values[at.X_NUM_PAGES] * BYTES_PER_PAGE} bytes, the bound is {self.max_bytes}"
             )
-        for field in _TABLES:
+        for field in _TABLE_SIZES:
             saved, wanted = sections[_ARRAY_NAMES[field]].nbytes, self._arrays[field].nbytes
             if saved != wanted:
                 raise ValueError(f"the saved {_ARRAY_NAMES[field]} are of another version: {saved} bytes, not {wanted}")

@@ -12,7 +12,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from specdec.suffix_tree.calibration import NUM_WEIGHTS, SET_WIDTH, SETS_BY_DEPTH, T_TOKEN
+from specdec.suffix_tree.calibration import (
+    C_COUNT,
+    C_PROB,
+    C_STRETCHED,
+    CELL_WIDTH,
+    NUM_WEIGHTS,
+    SET_WIDTH,
+    SETS_BY_DEPTH,
+    T_TOKEN,
+)
 from specdec.suffix_tree.surroundings import BEYONDS, DISTANCES
 
 __all__ = ["Prior", "load_prior", "untrained_prior"]
@@ -35,11 +44,12 @@ class Prior:
     counts: FloatArray
     weights: FloatArray
 
-    def write(self, probs: FloatArray, stretched: FloatArray, counts: FloatArray, weights: FloatArray) -> None:
+    def write(self, cells: FloatArray, weights: FloatArray) -> None:
         """Fill the tables of a new index; cells of tokens stay zero, which means unknown."""
-        probs[:T_TOKEN] = self.probs - np.float32(0.5)
-        stretched[:T_TOKEN] = np.log(self.probs / (1 - self.probs))
-        counts[:T_TOKEN] = self.counts
+        first = cells[: T_TOKEN * CELL_WIDTH].reshape(T_TOKEN, CELL_WIDTH)
+        first[:, C_STRETCHED] = np.log(self.probs / (1 - self.probs))
+        first[:, C_PROB] = self.probs - np.float32(0.5)
+        first[:, C_COUNT] = self.counts
         weights[:NUM_WEIGHTS] = self.weights
 
     def save(self, path: Path) -> None:

@@ -12,7 +12,9 @@ import pytest
 
 from specdec.drafters.store import RetrievalStore
 from specdec.errors import ConfigError, LoadError, RequestError
-from specdec.suffix_tree.calibration import T_TOKEN
+from specdec.suffix_tree import _layout as at
+from specdec.suffix_tree.calibration import CELL_WIDTH, T_TOKEN
+from specdec.suffix_tree.index import _TABLE_SIZES
 
 DEPTH = 14
 
@@ -116,8 +118,8 @@ def test_a_store_that_is_too_large_for_the_bound_is_refused(tmp_path):
 
 def test_a_store_with_tables_of_another_version_is_refused(tmp_path, monkeypatch):
     filled().save(tmp_path / "store")
-    monkeypatch.setattr("specdec.suffix_tree.index.NUM_TABLE_CELLS", 1000 + T_TOKEN)
-    with pytest.raises(LoadError, match="the saved probs are of another version"):
+    monkeypatch.setitem(_TABLE_SIZES, at.X_CELLS, (1000 + T_TOKEN) * CELL_WIDTH)
+    with pytest.raises(LoadError, match="the saved cells are of another version"):
         RetrievalStore.load(tmp_path / "store", max_bytes=1 << 20)
 
 

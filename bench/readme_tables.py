@@ -30,6 +30,7 @@ PAGES = (
     "docs/serving.md",
     "docs/sidecar.md",
     "docs/drafters.md",
+    "docs/training.md",
 )
 _REPLAYS = (
     "replay_agents_bfloat16",
@@ -223,6 +224,20 @@ def _sidecar_speed(root: Path) -> str:
     return "\n".join(rows) + "\n\n" + _source("sidecar_speed", result, link=_FROM_DOCS)
 
 
+def _tiny_drafters(root: Path) -> str:
+    result = _load(root, "tiny_drafters")
+    columns = list(dict.fromkeys((row["text"], row["temperature"]) for row in result["rows"]))
+    lengths = {(row["arm"], row["text"], row["temperature"]): row["acceptance_length"] for row in result["rows"]}
+    rows = [
+        f"| acceptance length | {' | '.join(f'{text}, T={temperature:g}' for text, temperature in columns)} |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for arm in dict.fromkeys(row["arm"] for row in result["rows"]):
+        rows.append(f"| {arm} | {' | '.join(f'{lengths[arm, *column]:.2f}' for column in columns)} |")
+    what = f"{result['prompts']} held-out texts of each kind, {result['new_tokens']} new tokens each; no times."
+    return "\n".join(rows) + f"\n\n{what} " + _source("tiny_drafters", result, link=_FROM_DOCS)
+
+
 _TABLES: Mapping[str, Callable[[Path], str]] = {
     "demo": _demo,
     "plain_speed": _plain_speed,
@@ -238,6 +253,7 @@ _TABLES: Mapping[str, Callable[[Path], str]] = {
     "sidecar_speed": _sidecar_speed,
     "model_drafters": _of_drafters("model_drafters", model_drafters_table),
     "draft_profile": _of_drafters("draft_profile", draft_profile_table),
+    "tiny_drafters": _tiny_drafters,
 }
 
 

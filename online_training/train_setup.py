@@ -25,7 +25,9 @@ from specdec.online_training.train_start import new_head
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DrafterPlan", "build_module", "join_group", "read_data"]
+__all__ = ["DrafterPlan", "build_module", "join_group", "length_limit", "read_data"]
+
+_USUAL_LENGTH = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +66,27 @@ class DrafterPlan:
             raise ConfigError("a drafter to begin from brings its own layers and vocabulary: leave them out")
 
 
+def length_limit(target: PreTrainedModel, asked: int | None) -> int:
+    """Tokens at which examples are cut: what is asked for, or 2048, or the target's context where that is less.
+
+    Raises:
+        ConfigError: more is asked for than the target's context.
+    """
+    context = int(getattr(target.config.get_text_config(), "max_position_embeddings", 0) or _USUAL_LENGTH)
+    if asked is not None and asked > context:
+        raise ConfigError(f"max_length must be at most the target's context of {context} tokens, got {asked}")
+    return asked or min(_USUAL_LENGTH, context)
+
+
 def read_data(
     paths: Sequence[Path], target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, max_length: int
 ) -> list[Example]:
     """The examples of some files, checked against the target.
 
     Raises:
-        ConfigError: ``max_length`` is more than the target's context.
         LoadError: see ``read_examples``.
     """
     text = target.config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None)
-    if context and max_length > context:
-        raise ConfigError(f"max_length must be at most the target's context of {context} tokens, got {max_length}")
     return read_examples(paths, max_length=max_length, vocab_size=int(text.vocab_size), tokenizer=tokenizer)
 
 

@@ -59,7 +59,9 @@ LossOption = Annotated[
 EpochsOption = Annotated[float, typer.Option("--epochs", help="Passes over the data.")]
 BatchTokensOption = Annotated[int, typer.Option("--batch-tokens", help="Tokens of a micro-batch, with padding.")]
 AccumulateOption = Annotated[int, typer.Option("--accumulate", help="Micro-batches of one optimizer step.")]
-MaxLengthOption = Annotated[int, typer.Option("--max-length", min=4, help="Longer examples are cut.")]
+MaxLengthOption = Annotated[
+    int | None, typer.Option("--max-length", min=4, help="Longer examples are cut; 2048 or the context if omitted.")
+]
 LrOption = Annotated[float, typer.Option("--lr", help="Peak rate of AdamW.")]
 MuonLrOption = Annotated[
     float, typer.Option("--muon-lr", help="Above 0: hidden matrices learn by Muon at this peak rate.")
@@ -98,7 +100,7 @@ def train(
     epochs: EpochsOption = 3.0,
     batch_tokens: BatchTokensOption = 4096,
     accumulate: AccumulateOption = 1,
-    max_length: MaxLengthOption = 2048,
+    max_length: MaxLengthOption = None,
     lr: LrOption = 6e-4,
     muon_lr: MuonLrOption = 0.0,
     schedule: ScheduleOption = "cosine",
@@ -127,7 +129,7 @@ def train(
     from specdec.online_training.losses import parse_mix
     from specdec.online_training.train_loop import TrainPlan
     from specdec.online_training.train_run import RunOptions, TrainRun
-    from specdec.online_training.train_setup import DrafterPlan, build_module, join_group, read_data
+    from specdec.online_training.train_setup import DrafterPlan, build_module, join_group, length_limit, read_data
 
     if threads:
         torch.set_num_threads(threads)
@@ -135,14 +137,17 @@ def train(
         epochs=epochs, tokens_per_batch=batch_tokens, accumulate=accumulate, evaluate_every=evaluate_every,
         save_every=save_every, stop_after=stop_after, seed=seed,
     )  # fmt: skip
+    mix = parse_mix(loss)
+    chosen = _layers(layers)
     plan = TrainPlan(1, learning_rate=lr, muon_lr=muon_lr, schedule=schedule, precision=precision)
-    shape = DrafterPlan(
-        kind=kind, layers=_layers(layers), layout=layout, draft_vocab=draft_vocab, depth=depth, num_layers=num_layers,
-        mix=parse_mix(loss), init=init, max_length=max_length, seed=seed,
-    )  # fmt: skip
     with join_group(device) as place:
         loaded = load_model(model, dtype="float32", device=place, needs_tokenizer=False)
-        examples = read_data(data, loaded.model, loaded.tokenizer, max_length=max_length)
+        limit = length_limit(loaded.model, max_length)
+        shape = DrafterPlan(
+            kind=kind, layers=chosen, layout=layout, draft_vocab=draft_vocab, depth=depth, num_layers=num_layers,
+            mix=mix, init=init, max_length=limit, seed=seed,
+        )  # fmt: skip
+        examples = read_data(data, loaded.model, loaded.tokenizer, max_length=limit)
         module, features = build_module(shape, loaded.model, loaded.tokenizer, examples, cache=feature_cache)
         run = TrainRun(
             module, features, examples, plan=plan, options=options, work=work or out.with_name(f"{out.name}.work"),

@@ -14,12 +14,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from specdec.drafters.block_guesses import BlockGuesses, Chains, Choose
+from specdec.drafters.block_choice import chain_tree, chooser
+from specdec.drafters.block_guesses import BlockGuesses
 from specdec.drafters.block_length import FixedLength, LengthRule
 from specdec.drafters.block_scorer import BlockScorer
+from specdec.drafters.calibration import CalibrationLog, Temperatures
 from specdec.drafters.diffusion_head import DiffusionHead
-from specdec.drafters.draws import draft_laws, draw_children
-from specdec.drafters.levels import best_children
 from specdec.drafters.tree_search import SearchLimits, TreeSearch
 from specdec.errors import ConfigError, UnsupportedError
 from specdec.protocols import DrafterNeeds, Draws
@@ -35,6 +35,7 @@ class DiffusionDrafter:
         head: its weights and arithmetic.
         vocab_size: of the target.
         rule: how much of a block is sent.
+        temperatures: that make the head's confidences true.
         top_k: children per node; 1: a chain. From 2 on the tree is the best one within the budget (OPT-Tree's rule,
             arXiv 2406.17276), of the likeliest ``top_k`` tokens per node, as deep as ``rule`` says.
         draws: draw an honest chain for a rejection rule; None: for match.
@@ -52,6 +53,7 @@ class DiffusionDrafter:
         *,
         vocab_size: int,
         rule: LengthRule | None = None,
+        temperatures: Temperatures | None = None,
         top_k: int = 1,
         draws: Draws | None = None,
         kv_tokens: int = 65_536,
@@ -61,6 +63,8 @@ class DiffusionDrafter:
             if value < 1:
                 raise ConfigError(f"{name} must be >= 1, got {value}")
         self.rule = rule or FixedLength()
+        if self.rule.mix and head.config.markov == "none":
+            raise ConfigError("the length rule apd compares a Markov head with its absence; this head has none")
         if draws is not None and self.rule.anticipates:
             raise UnsupportedError(
                 f"{type(self.rule).__name__} decides on a token with a look at it or at later ones, so that only the "
@@ -73,6 +77,9 @@ class DiffusionDrafter:
             hidden_layers=head.config.hidden_layers, needs_match=self.rule.anticipates or top_k > 1, draws=draws
         )
         self._vocab_size, self._top_k, self._draws = vocab_size, top_k, draws
+        self._temperatures = temperatures or Temperatures()
+        self.log: CalibrationLog | None = None  # set one to collect rounds for ``Temperatures``
+        self._confidences: dict[str, npt.NDArray[np.float64]] = {}  # of the newest drafts, for the log
         self._scorer = BlockScorer(head, kv_tokens=kv_tokens, max_requests=max_requests)
 
     @property
@@ -97,55 +104,30 @@ class DiffusionDrafter:
 
     def observe(self, events: Sequence[StepEvent]) -> None:
         self.rule.observe(events)
+        for event in events:
+            logits = self._confidences.pop(event.state.request_id, None)
+            if self.log is not None and logits is not None and event.tree.num_draft_tokens:
+                self.log.add(logits, event.tree.num_draft_tokens, event.result.num_accepted)
 
     def stop(self, request_ids: Sequence[str]) -> None:
         self._scorer.release(request_ids)
         self.rule.stop(request_ids)
+        for request_id in request_ids:
+            self._confidences.pop(request_id, None)
 
     def _guess(self, states: Sequence[RequestState], budgets: Sequence[int], rows: Tensor) -> list[DraftTree]:
         guesses = BlockGuesses(self.head, states, rows, self._vocab_size, mix=self.rule.mix)
-        chains = guesses.chains(_by_noise(states) if self._draws is None else _by_draw(states, self._draws))
-        lengths = [
-            min(length, budget) for length, budget in zip(self.rule.lengths(states, chains), budgets, strict=True)
-        ]
+        chains = guesses.chains(chooser(states, self._draws))
+        chances = self._temperatures.chances(chains.confidences)
+        wanted = self.rule.lengths(states, chains, chances)
+        lengths = [min(length, budget) for length, budget in zip(wanted, budgets, strict=True)]
+        if self.log is not None and self._top_k == 1:
+            self._confidences = dict(zip((state.request_id for state in states), chains.confidences, strict=True))
         if self._top_k == 1:
-            return [self._chain(row, state, chains, lengths[row]) for row, state in enumerate(states)]
+            return [chain_tree(row, state, chains, lengths[row], self._draws) for row, state in enumerate(states)]
         # A root without room for a draft still needs a search, which must stay empty.
         searches = [
             TreeSearch(int(state.token_ids[-1]), budget if length else 0, SearchLimits(self._top_k, budget, length))
             for state, budget, length in zip(states, budgets, lengths, strict=True)
         ]
         return guesses.trees(searches, self._top_k)
-
-    def _chain(self, row: int, state: RequestState, chains: Chains, length: int) -> DraftTree:
-        tree = DraftTree.chain(int(state.token_ids[-1]), chains.token_ids[row, :length].astype(np.int32))
-        tree.values = np.concatenate([[1.0], chains.values[row, :length].cumprod()]).astype(np.float32)
-        if self._draws is not None:
-            laws = [draft_laws(law[row : row + 1], state.request.sampling)[0].cpu() for law in chains.laws[:length]]
-            tree.draft_probs = torch.stack([*laws, torch.zeros(self._vocab_size, dtype=torch.float64)])
-        return tree
-
-
-def _by_noise(states: Sequence[RequestState]) -> Choose:
-    """What the target would choose with these scores: its noise is known."""
-
-    def choose(logits: Tensor, depth: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        ids, log_probs = best_children(logits, states, [depth] * len(states), 1)
-        return ids[:, 0], np.exp(log_probs[:, 0])
-
-    return choose
-
-
-def _by_draw(states: Sequence[RequestState], draws: Draws) -> Choose:
-    """An honest draw from the law, with noise of the drafter's own."""
-
-    def choose(logits: Tensor, depth: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        ids, chances = [], []
-        for state, row in zip(states, logits, strict=True):
-            law = draft_laws(row[None], state.request.sampling)[0]
-            key = {"seed": state.request.sampling.seed, "position": state.num_tokens, "node": depth - 1}
-            ids += draw_children(law, 1, draws=draws, **key)
-            chances.append(float(law[ids[-1]]))
-        return np.array(ids, dtype=np.int64), np.array(chances)
-
-    return choose

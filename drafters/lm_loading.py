@@ -199,7 +199,10 @@ def tokenizer_of(path: Path) -> PreTrainedTokenizerBase | None:
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:
-        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(str(path))
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+            str(path),
+            trust_remote_code=False,  # never asked for on a terminal
+        )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError, AttributeError):
         return None  # transformers has no one way of saying that the files of a tokenizer are missing
     return tokenizer

@@ -13,6 +13,7 @@ import typer
 
 from specdec import __version__
 from specdec.commands import printing
+from specdec.commands.apd import apd
 from specdec.commands.bench_run import app as bench
 from specdec.commands.check import check
 from specdec.commands.corpus import corpus
@@ -56,6 +57,7 @@ def _root(
 
 
 app.command()(generate)
+app.command()(apd)
 app.command()(demo)
 app.command()(check)
 app.command()(doctor)

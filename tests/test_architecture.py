@@ -26,7 +26,7 @@ LAYERS = [
     " specdec.strict_operations specdec.flat_batch specdec.ranks"
     " specdec.attention specdec.tree_target specdec.chain_target specdec.plain_target"
     " specdec.row_forward specdec.reference specdec.self_test specdec.routes specdec.controller specdec.trace"
-    " specdec.controller_adaptive specdec.toy",
+    " specdec.controller_adaptive specdec.toy specdec.apd specdec.self_speculation",
     "specdec.scheduler specdec.engine",
     "specdec.online_training.*",
     "specdec.build",

@@ -113,6 +113,10 @@ def generate(
     early-exit:N drafts with the target's own first N layers. It wins with targets that were trained to exit early; with
     others little of it is accepted.
 
+    diffusion:PATH drafts with a DFlash or DSpark head that was trained for this very model, or with a masked diffusion
+    LM that shares its tokens (rule, top_k). A head wins where a pass of a few layers buys several tokens; a masked LM
+    only where it is much smaller than the target.
+
     layer-parallel:PATH?n=4 is lm:PATH whose draft runs in groups of n layers, over the ranks of torch.distributed. It
     wins where several devices idle while drafting; where a timed level says that it does not pay, it is off unless
     force=1.

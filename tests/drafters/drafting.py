@@ -24,14 +24,14 @@ class Watch:
 
 def run(
     target: Any, drafter: Any, prompts: list[Any], num_new: int = 12, *, budget: int = 9, verifier: str = "match",
-    **law: Any,
+    tokenizer: Any = None,     **law: Any,
 ) -> tuple[list[RequestState], Watch]:  # fmt: skip
     """Decode prompts in pieces of 16 tokens; the drafter must hold nothing afterwards."""
     watch = Watch()
     sampling = SamplingParams(max_new_tokens=num_new, seed=5, **law)
     requests = [Request(f"r{i}", prompt, sampling) for i, prompt in enumerate(prompts)]
     options: dict[str, Any] = {"max_prefill_tokens": 16, "verifier": verifier}
-    with build_engine(target, drafter, budget=budget, observers=[watch], **options) as engine:
+    with build_engine(target, drafter, budget=budget, observers=[watch], tokenizer=tokenizer, **options) as engine:
         last = {output.request_id: output.state for output in engine.generate(requests)}
         assert getattr(engine.drafter, "num_used", 0) == 0
     return [last[request.request_id] for request in requests], watch

@@ -10,16 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from specdec.build import build_engine
 from specdec.drafters.block_training import forward_blocks, teacher_forced
+from specdec.drafters.diffusion_export import new_weights, published_form
 from specdec.drafters.diffusion_files import read_diffusion_files
 from specdec.drafters.diffusion_head import DiffusionConfig
 from specdec.drafters.diffusion_loading import build_diffusion_head, load_diffusion
 from specdec.drafters.probing import probe_ids
 from specdec.errors import ConfigError, LoadError
 from tests.drafters.diffusion_checkpoints import write
-from tests.drafters.eagle_checkpoints import eagle_target
+from tests.drafters.eagle_checkpoints import VOCAB_SIZE, eagle_target
 from tests.drafters.eagle_training import edit_weights
 from tests.tiny_models import byte_tokenizer
 
@@ -56,13 +58,9 @@ def trained_as(truth: Callable[[DiffusionConfig], DiffusionConfig], target: Any,
             loss.backward()
             optimiser.step()
     assert all(head.weights[name].grad is not None for name in names if not name.startswith("confidence"))
-    pairs = head.weights["kv_proj.weight"].detach()
-    for layer in range(head.config.num_layers):
-        name = f"layers.{layer}.self_attn"
-        head.weights |= {f"{name}.{part}_proj.weight": pairs[layer, i] for i, part in enumerate("kv")}
-        head.weights[f"{name}.k_norm.weight"] = head.weights["k_norm.weight"][layer]
-    stated = files.published
-    edit_weights(path, lambda w: w.update({n: head.weights[n].detach().clone() for n in stated if n in head.weights}))
+    plain = {"windows": (0, 0), "causal": (False, False), "is_interleaved": False, "embedding_scale": 1.0}
+    sayable = replace(head.config, **plain, output_scale=1.0, softcap=0.0)
+    edit_weights(path, lambda w: w.update(published_form(sayable, head.weights, vocab_size=VOCAB_SIZE)[1]))
     return path
 
 
@@ -109,6 +107,35 @@ def test_a_biased_projection_and_a_prefix_are_read(target: Any, tmp_path: Path) 
         with torch.no_grad():
             found.append(forward_blocks(head, torch.ones(20, 96), ids, anchors))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"markov": "vanilla"},
+        {"markov": "rnn", "has_confidence": True, "confidence_reads_markov": True},
+        {"markov": "gated", "has_confidence": True},
+        {"guesses_next": False},
+    ],
+)
+def test_a_new_head_comes_back_as_it_was_written(target: Any, tmp_path: Path, change: dict[str, Any]) -> None:
+    config = DiffusionConfig(
+        hidden_size=32, target_hidden_size=32, num_heads=4, num_kv_heads=2, head_dim=8, eps=1e-5, hidden_layers=(0, 4),
+        rope={"rope_type": "default", "rope_theta": 5e5}, max_length=99, block_size=4, mask_token_id=3,
+        **{"guesses_next": True, "windows": (0, 0), "causal": (False, False), **change},
+    )  # fmt: skip
+    weights = new_weights(config, vocab_size=VOCAB_SIZE, inner_size=24, rank=5)
+    said, published = published_form(config, weights, vocab_size=VOCAB_SIZE)
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    save_file(published, tmp_path / "model.safetensors")
+    files = read_diffusion_files(tmp_path)
+    assert files.head_config(target.config) == config
+    head = build_diffusion_head(files, target, config)
+    assert head.weights.keys() == weights.keys()
+    assert all(torch.equal(head.weights[name], weight) for name, weight in weights.items())
+    with pytest.raises(ConfigError, match="are read, not written"):
+        published_form(replace(config, windows=(0, 9)), weights, vocab_size=VOCAB_SIZE)
 
 
 def nested(**changes: Any) -> Callable[[dict[str, Any]], object]:

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
+from specdec.adaptive import controller_for
 from specdec.bench.forcing import ForcedResponse
 from specdec.build import compile_ahead, name_drafter
-from specdec.controller import BackoffController, FixedController
+from specdec.controller_adaptive import AdaptiveController
 from specdec.drafters.checkpoint import PendingDrafter
 from specdec.errors import UnsupportedError
 from specdec.types import IntArray, Request, RequestState, SamplingParams, StepEvent, StepTrace
@@ -163,7 +164,9 @@ class EngineArm:
         if not isinstance(fresh, PendingDrafter):  # those have weights, and nothing of earlier requests
             self._engine.drafter = fresh
         compile_ahead(self._engine.drafter)
-        self._engine.controller = BackoffController() if self.budget is None else FixedController(self.budget)
+        before = self._engine.controller  # what steps cost is the machine's, and no memory of earlier calls
+        costs = before.costs if isinstance(before, AdaptiveController) else None
+        self._engine.controller = controller_for([self._engine.drafter], self.budget, costs=costs)
 
     def warm(self, jobs: Sequence[Job]) -> None:
         warm_up(self._engine.drafter, jobs)

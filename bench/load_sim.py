@@ -22,7 +22,7 @@ from specdec.cost_model import CostModel
 from specdec.errors import ConfigError
 from specdec.step_budget import StepBudget
 
-__all__ = ["LoadLimits", "Policy", "Served", "prepare_arrivals", "simulate_load", "summarize_load"]
+__all__ = ["LoadLimits", "Policy", "Served", "compare_policies", "prepare_arrivals", "simulate_load", "summarize_load"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +96,14 @@ class _Replica:
     """One engine on paper."""
 
     def __init__(
-        self, costs: CostModel, acceptance: RecordedAcceptance, policy: Policy, limits: LoadLimits, seed: int
+        self, costs: CostModel, acceptance: RecordedAcceptance, policy: Policy, limits: LoadLimits, seed: int | None
     ) -> None:
         self._costs, self._acceptance, self._policy, self._limits = costs, acceptance, policy, limits
         # The controller starts from the same tables and learns on a copy of its own.
         own = CostModel.of_dict(costs.as_dict()) if policy.name == "adaptive" else costs
         self._budget = StepBudget(own)
-        self._rng = np.random.default_rng(seed)
+        self._rng = None if seed is None else np.random.default_rng(seed)
+        self._num_admitted = 0
         self._running: list[_Running] = []
         self.now = 0.0
         self.busy_s = 0.0
@@ -125,8 +126,12 @@ class _Replica:
 
     def _admit(self, arrival: Arrival) -> None:
         answers = self._acceptance.answers
-        answer = answers[int(self._rng.integers(len(answers)))]
-        start = int(self._rng.integers(answer.num_positions))
+        if self._rng is None:
+            answer, start = answers[self._num_admitted % len(answers)], 0
+        else:
+            answer = answers[int(self._rng.integers(len(answers)))]
+            start = int(self._rng.integers(answer.num_positions))
+        self._num_admitted += 1
         served = Served(arrival.time_s, arrival.prompt_tokens, arrival.response_tokens)
         self._running.append(_Running(served, answer, start, to_cache=max(arrival.prompt_tokens - 1, 0)))
 
@@ -227,7 +232,7 @@ def simulate_load(
     *,
     limits: LoadLimits | None = None,
     replicas: int = 1,
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> tuple[list[Served], float]:
     """Serve all arrivals.
 
@@ -238,7 +243,8 @@ def simulate_load(
         policy: how much is drafted.
         limits: of each replica.
         replicas: engines, >= 1.
-        seed: which answer each request gives; the same for every policy.
+        seed: which answer each request gives, and from where on; the same for every policy. None: the answers in
+            order, each from its beginning.
 
     Returns:
         The requests, and the mean share of time that a replica was busy.
@@ -253,7 +259,7 @@ def simulate_load(
     served: list[Served] = []
     busy = 0.0
     for number in range(min(replicas, len(arrivals))):
-        replica = _Replica(costs, acceptance, policy, limits or LoadLimits(), seed + number)
+        replica = _Replica(costs, acceptance, policy, limits or LoadLimits(), None if seed is None else seed + number)
         served += replica.run(arrivals[number::replicas])
         busy += replica.busy_s / max(replica.now, 1e-9)
     return served, busy / replicas
@@ -291,3 +297,37 @@ def summarize_load(served: Sequence[Served], *, ttft_ms: float, tpot_ms: float) 
         "tokens_per_step": float(tokens.sum() / max(steps, 1)),
         "drafted_per_step": sum(one.drafted for one in served) / max(steps, 1),
     }
+
+
+def compare_policies(
+    arrivals: Sequence[Arrival],
+    costs: CostModel,
+    acceptance: RecordedAcceptance,
+    policies: Sequence[Policy],
+    *,
+    slo_ms: tuple[float, float],
+    limits: LoadLimits | None = None,
+    replicas: int = 1,
+    seed: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """``simulate_load`` and ``summarize_load`` of several policies over the same requests and answers.
+
+    Args:
+        arrivals: in order of time.
+        costs: measured.
+        acceptance: what drafts bring.
+        policies: to compare.
+        slo_ms: (TTFT, TPOT) that are good enough.
+        limits: of each replica.
+        replicas: engines.
+        seed: which answer each request gives.
+
+    Returns:
+        By policy: the summary, the share of time that replicas were busy, and the busy seconds of all of them.
+    """
+    found = {}
+    for policy in policies:
+        served, busy = simulate_load(arrivals, costs, acceptance, policy, limits=limits, replicas=replicas, seed=seed)
+        figures = summarize_load(served, ttft_ms=slo_ms[0], tpot_ms=slo_ms[1])
+        found[policy.name] = {**figures, "busy_share": busy, "work_s": busy * replicas * figures["seconds"]}
+    return found

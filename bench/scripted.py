@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from specdec.adaptive import controller_for
 from specdec.bench.forcing import ForcedResponse
 from specdec.build import build_drafter
 from specdec.config import EngineConfig
-from specdec.controller import BackoffController, FixedController
 from specdec.engine import Engine
 from specdec.errors import ConfigError, InternalError
 from specdec.protocols import Drafter, Observer
@@ -119,7 +119,7 @@ def scripted_engine(
         ScriptedTarget(vocab_size),
         MatchVerifier(_ScriptedSampler()),
         build_drafter(drafter),
-        BackoffController() if budget is None else FixedController(budget),
+        controller_for([drafter], budget),
         config=config,
         observers=observers,
     )

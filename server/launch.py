@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from specdec.adaptive import controller_for
 from specdec.build import build_engine, compile_ahead, load_drafter
-from specdec.controller import BackoffController, FixedController
 from specdec.drafters.checkpoint import short_name
-from specdec.protocols import Controller
 from specdec.server.app import create_app
 from specdec.server.keys import Keyring
 from specdec.server.listening import listen
@@ -89,7 +88,7 @@ def build_service(
     choices = Choices([short_name(name) for name in options.drafters])
     loaded = [load_drafter(name, model, tokenizer) for name in options.drafters]
     drafter = RoutedDrafter(dict(zip(choices.drafters, loaded, strict=True)), choices)
-    planner: Controller = BackoffController() if options.budget is None else FixedController(options.budget)
+    planner = controller_for(loaded, options.budget)
     watcher = StepWatcher()
     online = build_online(options.online, model, tokenizer, choices, loaded)
     engine = build_engine(

@@ -11,13 +11,14 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from specdec.adaptive import controller_for, known_costs
 from specdec.chain_target import ChainTarget
 from specdec.config import EngineConfig
-from specdec.controller import BackoffController, FixedController
 from specdec.drafters.checkpoint import DrafterKind, PendingDrafter
 from specdec.drafters.diffusion_loading import load_diffusion
 from specdec.drafters.eagle_loading import load_eagle
 from specdec.drafters.early_exit import load_early_exit, read_early_exit
+from specdec.drafters.fused_names import fused_kind, fused_parts
 from specdec.drafters.lm_loading import load_layer_parallel, load_lm
 from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.ngram import NgramDrafter
@@ -79,6 +80,7 @@ DRAFTER_KINDS: Mapping[str, DrafterKind] = {
     "diffusion": DrafterKind(load_diffusion),
     "early-exit": DrafterKind(load_early_exit, read_early_exit, takes="N"),
     "eagle": DrafterKind(load_eagle),
+    "fused": fused_kind(lambda name: name_drafter(name), lambda *target: load_drafter(*target)),
     "layer-parallel": DrafterKind(load_layer_parallel),
     "lm": DrafterKind(load_lm),
     "registry": registry_kind(lambda kind, *args, **options: DRAFTER_KINDS[kind].load(*args, **options)),
@@ -107,6 +109,8 @@ def name_drafter(drafter: str | Drafter | PendingDrafter, **options: Any) -> Dra
     kind = drafter.partition(":")[0]
     if kind not in DRAFTER_KINDS:
         raise ConfigError(f"drafter must be one of {', '.join(drafter_names())}, got {drafter!r}")
+    if kind == "fused" and all(part in DRAFTERS for part in fused_parts(drafter)):
+        return DRAFTER_KINDS[kind].load(DRAFTER_KINDS[kind].read(drafter)[0], **options)  # no part waits for a target
     return PendingDrafter(drafter, DRAFTER_KINDS[kind], options)
 
 
@@ -334,7 +338,8 @@ def build_engine(
     Args:
         model: the target, in evaluation mode.
         drafter: a name (see ``DRAFTERS`` and ``DRAFTER_KINDS``) or an object.
-        budget: most draft tokens per request and step; 0: plain decoding. None: follows what is accepted.
+        budget: most draft tokens per request and step; 0: plain decoding. None: fused drafters get an
+            ``AdaptiveController``, others follow what is accepted.
         verifier: ``match``, a rejection rule (``chain``, ``block``, ``specinfer``, ``rrsw``, ``traversal``), or the
             lossy ``typical``.
         controller: decides budgets in place of ``budget``.
@@ -358,16 +363,18 @@ def build_engine(
         raise ConfigError(f"verifier must be one of {', '.join(VERIFIERS)}, got {verifier!r}")
     if controller is not None and budget is not None:
         raise ConfigError("give a budget or a controller, not both")
-    controller = controller or (BackoffController() if budget is None else FixedController(budget))
     guesser = load_drafter(drafter, model, tokenizer, verifier=verifier, **(drafter_options or {}))
+    controller = controller or controller_for([guesser], budget)
     if is_spread(model):
         controller = AgreedController(controller)
     frozen = freeze_rope(model, config.max_length or model_max_length(model))
     holder = object()
 
+    on_close: list[Callable[[], None]] = [frozen.restore, lambda: unpack_linears(model, holder)]
+
     def give_back() -> None:
-        frozen.restore()
-        unpack_linears(model, holder)
+        for action in on_close:
+            action()
 
     try:
         needs = guesser.needs
@@ -380,6 +387,7 @@ def build_engine(
             require_same_bits(target)
         for notice in frozen.notices:
             logger.warning("%s", notice)
+        on_close += known_costs(controller, model, target, config, is_packed=is_packed)
         judge = _build_verifier(verifier, Sampler(target.vocab_size, device=model.device, kernels=config.kernels))
         return Engine(
             target, judge, guesser, controller, tokenizer=tokenizer, config=config, observers=observers,

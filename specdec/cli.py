@@ -23,6 +23,7 @@ from specdec.commands.generate import generate
 from specdec.commands.regenerate import regenerate
 from specdec.commands.serve import keys, serve
 from specdec.commands.sidecar import sidecar
+from specdec.commands.simulate_load import simulate_load
 from specdec.commands.train import train
 from specdec.commands.traind import drafters, traind
 from specdec.errors import InternalError, SpecdecError
@@ -67,6 +68,7 @@ app.command()(traind)
 app.add_typer(drafters)
 app.command()(sidecar)
 app.add_typer(bench, name="bench")
+app.command("simulate-load")(simulate_load)
 app.add_typer(corpus)
 app.command()(regenerate)
 app.command()(train)

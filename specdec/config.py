@@ -56,6 +56,12 @@ class EngineConfig(BaseModel):
         "possible",
     )
 
+    costs: Literal["learn", "measure"] = Field(
+        default="learn",
+        description="where an adaptive controller has its times from: learn: from the steps themselves; measure: from "
+        "a few seconds at the start, kept in the user's cache for the next one",
+    )
+
     @classmethod
     def of(cls, **options: Any) -> EngineConfig:
         """Validate ``options``; every broken rule becomes one line of one ``ConfigError``."""

@@ -15,20 +15,23 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from specdec.errors import ConfigError, LoadError
 
 __all__ = ["PARTS", "CostModel", "CostTable", "cost_file"]
 
-Floats = npt.NDArray[np.float64]
+Floats: TypeAlias = npt.NDArray[np.float64]
 
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 CONTEXTS = (128, 512, 2048, 8192, 32768)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+_LOG_TOKENS, _LOG_CONTEXTS, _LOG_BATCHES = (np.log2(np.array(x, np.float64)) for x in (TOKENS, CONTEXTS, BATCHES))
+_TOKENS = np.array(TOKENS, dtype=np.float64)
 PARTS = ("draft", "target", "verify", "commit", "host")
 _NEWEST = 0.06  # share of a new observation once a cell has seen many
 _PRIOR_SLOPE = 0.02  # nothing is known yet: a further token costs 2 % of a step of one, as on a memory-bound target
@@ -45,6 +48,9 @@ class CostTable:
         ms: [batches, contexts, tokens] to start from; None: a guess with the right shape and no scale.
         counts: how many observations each cell is worth; None: none where ``ms`` is a guess, else ten.
 
+    Attributes:
+        is_measured: anything was observed; before that a time has no scale.
+
     Raises:
         ConfigError: a wrong shape, or a time that is not positive and finite.
     """
@@ -58,32 +64,18 @@ class CostTable:
             raise ConfigError(f"a cost table must hold {shape} positive times, got {ms.shape}")
         self.ms = _monotone(np.array(ms, dtype=np.float64))
         self.counts = np.full(shape, 10.0) if counts is None else np.array(counts, dtype=np.float64)
-        self._axes = [np.log2(np.array(axis, dtype=np.float64)) for axis in (BATCHES, CONTEXTS, TOKENS)]
-
-    @property
-    def is_measured(self) -> bool:
-        """True once anything was observed: before that a time has no scale."""
-        return bool(self.counts.any())
+        self.is_measured = bool(self.counts.any())
+        self._is_settled = self.is_measured
 
     def curve(self, tokens: npt.ArrayLike, context: float, batch: float) -> Floats:
         """Milliseconds [n] of steps of ``tokens`` [n] query tokens in all, for one context length and batch size."""
-        row = self._between(0, batch, self.ms)
-        row = self._between(1, context, row)
         wanted = np.asarray(tokens, dtype=np.float64)
-        cost = np.interp(wanted, TOKENS, row)
-        slope = (row[-1] - row[-2]) / (TOKENS[-1] - TOKENS[-2])
-        return np.asarray(cost + slope * np.maximum(wanted - TOKENS[-1], 0.0))
+        cost: Floats = _read_curve(self.ms, wanted, np.log2(max(context, 1.0)), np.log2(max(batch, 1.0)))
+        return cost
 
     def at(self, tokens: float, context: float, batch: float) -> float:
         """Milliseconds of one step."""
         return float(self.curve([tokens], context, batch)[0])
-
-    def _between(self, axis: int, value: float, table: Floats) -> Floats:
-        """``table`` without its first axis, interpolated at ``value`` on the grid of that axis."""
-        grid = self._axes[axis]
-        place = float(np.interp(np.log2(max(value, 1.0)), grid, np.arange(len(grid))))
-        low = min(int(place), len(grid) - 2)
-        return np.asarray(table[low] + (place - low) * (table[low + 1] - table[low]))
 
     def observe(self, tokens: float, context: float, batch: float, ms: float) -> None:
         """Learn what a step took; near cells learn with it, by their distance in doublings."""
@@ -94,31 +86,74 @@ class CostTable:
             self.ms *= ms / expected
             expected = ms
         ratio = min(max(ms / expected, 1 / _OUTLIER), _OUTLIER)
-        points = (batch, context, tokens)
-        distances = [(axis - np.log2(max(x, 1.0))) / _REACH for axis, x in zip(self._axes, points, strict=True)]
-        near = [np.exp((d**2).min() - d**2) for d in distances]  # 1 at the nearest grid point
-        weight = near[0][:, None, None] * near[1][None, :, None] * near[2][None, None, :]
-        if ratio < 0.5 and self.counts.max() < _FIRST:
+        if ratio < 0.5 and not self._is_settled and self.counts.max() < _FIRST:
             self.counts *= 0.0  # what was seen before was a first call, which compiles and allocates
-        share = weight * np.maximum(_NEWEST, 1.0 / (self.counts + 1.0))
-        self.ms *= 1.0 + share * (ratio - 1.0)
-        self.counts += weight
-        self._make_monotone_around(tuple(int(np.abs(d).argmin()) for d in distances))
-
-    def _make_monotone_around(self, cell: tuple[int, ...]) -> None:
-        # The newest measurement is right: what lies above it rises to it, what lies below sinks to it.
-        b, c, t = cell
-        value = self.ms[b, c, t]
-        above, below = self.ms[b:, c:, t:], self.ms[: b + 1, : c + 1, : t + 1]
-        np.maximum(above, value, out=above)
-        np.minimum(below, value, out=below)
-        self.ms = _monotone(self.ms)
+        self._is_settled = self._is_settled or bool(self.counts.max() >= _FIRST)
+        places = (np.log2(max(batch, 1.0)), np.log2(max(context, 1.0)), np.log2(max(tokens, 1.0)))
+        _refresh(self.ms, self.counts, places, ratio)
+        self.is_measured = True
 
 
 def _monotone(table: Floats) -> Floats:
     for axis in range(table.ndim):
         table = np.maximum.accumulate(table, axis=axis)
     return table
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _read_curve(table: Floats, tokens: Floats, context: float, batch: float) -> Floats:
+    """Trilinear interpolation: batch and context on a logarithmic grid, tokens on a linear one."""
+    place_b = np.interp(batch, _LOG_BATCHES, np.arange(len(_LOG_BATCHES)).astype(np.float64))
+    place_c = np.interp(context, _LOG_CONTEXTS, np.arange(len(_LOG_CONTEXTS)).astype(np.float64))
+    b, c = min(int(place_b), len(_LOG_BATCHES) - 2), min(int(place_c), len(_LOG_CONTEXTS) - 2)
+    u, v = place_b - b, place_c - c
+    row = (1 - u) * ((1 - v) * table[b, c] + v * table[b, c + 1])
+    row += u * ((1 - v) * table[b + 1, c] + v * table[b + 1, c + 1])
+    last = _TOKENS[-1]
+    slope = (row[-1] - row[-2]) / (last - _TOKENS[-2])
+    cost: Floats = np.interp(tokens, _TOKENS, row)
+    for i in range(len(tokens)):
+        if tokens[i] > last:
+            cost[i] += slope * (tokens[i] - last)
+    return cost
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _nearness(grid: Floats, place: float) -> tuple[Floats, int]:
+    """How much each grid point learns, 1 at the nearest one, and which that is."""
+    squares = ((grid - place) / _REACH) ** 2
+    nearest = int(squares.argmin())
+    return np.exp(squares[nearest] - squares), nearest
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _refresh(ms: Floats, counts: Floats, places: tuple[float, float, float], ratio: float) -> None:
+    """Move the cells around an observation towards it, and make the table monotone again around the nearest cell."""
+    near_b, b = _nearness(_LOG_BATCHES, places[0])
+    near_c, c = _nearness(_LOG_CONTEXTS, places[1])
+    near_t, t = _nearness(_LOG_TOKENS, places[2])
+    for i in range(ms.shape[0]):
+        for j in range(ms.shape[1]):
+            for k in range(ms.shape[2]):
+                weight = near_b[i] * near_c[j] * near_t[k]
+                if weight > 1e-4:
+                    ms[i, j, k] *= 1.0 + weight * max(_NEWEST, 1.0 / (counts[i, j, k] + 1.0)) * (ratio - 1.0)
+                    counts[i, j, k] += weight
+    # The newest measurement is right: what lies above it rises to it, what lies below sinks to it.
+    value = ms[b, c, t]
+    for i in range(ms.shape[0]):
+        for j in range(ms.shape[1]):
+            for k in range(ms.shape[2]):
+                if i >= b and j >= c and k >= t:
+                    ms[i, j, k] = max(ms[i, j, k], value)
+                elif i <= b and j <= c and k <= t:
+                    ms[i, j, k] = min(ms[i, j, k], value)
+                if i > 0:
+                    ms[i, j, k] = max(ms[i, j, k], ms[i - 1, j, k])
+                if j > 0:
+                    ms[i, j, k] = max(ms[i, j, k], ms[i, j - 1, k])
+                if k > 0:
+                    ms[i, j, k] = max(ms[i, j, k], ms[i, j, k - 1])
 
 
 class CostModel:
@@ -139,6 +174,10 @@ class CostModel:
             raise ConfigError(f"parts of a cost model are {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
         self.tables = {part: (tables or {}).get(part) or CostTable() for part in PARTS}
         self.tokens_per_ms = 0.0
+
+    def take(self, other: CostModel) -> None:
+        """Go on with the tables of another model; who holds this one need not be told."""
+        self.tables = other.tables
 
     def step_curve(self, tokens: npt.ArrayLike, context: float, batch: float) -> Floats:
         """Milliseconds [n] of a step with ``tokens`` [n] query tokens, drafting left out."""

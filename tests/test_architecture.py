@@ -29,7 +29,7 @@ LAYERS = [
     " specdec.controller_adaptive specdec.toy specdec.apd specdec.self_speculation",
     "specdec.scheduler specdec.engine",
     "specdec.online_training.*",
-    "specdec.build",
+    "specdec.adaptive specdec.build",
     "specdec.hf specdec.check specdec.doctor specdec.demo specdec.server.* specdec.bench.*",
     "specdec specdec.commands.* specdec.cli specdec.__main__",
 ]

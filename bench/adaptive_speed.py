@@ -1,0 +1,334 @@
+"""Fused drafting under the adaptive controller against every single drafter at fixed lengths, and against none.
+
+    python -m specdec.bench.adaptive_speed --tokenizer DIR --agents FILE ... --controls FILE ... --json OUT
+
+Recorded answers are forced onto a model with random weights, so all arms write the same text and only time differs.
+Arms take turns, call by call or batch by batch, in one process. Stores know the half of the episodes that is not
+measured. Decoding speed leaves the prompt's time out (from the first token to the last) where requests run alone; with
+several at a time it is the wall clock of the whole batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from specdec.bench.arms import EngineArm, Job, JobResult, warm_up
+from specdec.bench.arrivals import read_arrivals
+from specdec.bench.load_record import record_acceptance
+from specdec.bench.load_sim import LoadLimits, Policy, Served
+from specdec.bench.load_validation import fit_arrivals, prediction_errors, serve_load
+from specdec.bench.measure import write_json
+from specdec.bench.workload import Limits, WorkItem, Workload
+from specdec.build import build_engine, model_max_length
+from specdec.controller_adaptive import AdaptiveController
+from specdec.cost_measure import measure_costs
+from specdec.cost_model import CostModel
+from specdec.drafters.fusion import FusedDrafter
+from specdec.drafters.lookahead import LookaheadDrafter
+from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.none import NoDrafter
+from specdec.drafters.store import RetrievalStore
+from specdec.drafters.suffix import SuffixDrafter
+from specdec.protocols import Drafter
+from specdec.routes import choose_route
+
+__all__ = ["main"]
+
+# Recycling reads the target's own logits, and those of random weights say nothing about a recorded answer.
+FUSED = ("suffix", "lookahead", "ngram")
+# Fixed lengths that may be the best: long ones where requests run alone, short ones where many share a step.
+ALONE = {"suffix": (4, 8, 16, 32), "lookahead": (8,), "ngram": (8,)}
+TOGETHER = {"suffix": (1, 2, 4, 8), "lookahead": (2,)}
+
+
+def small_model(vocab_size: int) -> Any:
+    """46 million parameters with a vocabulary of 150 thousand: a step takes about 10 ms on two cores."""
+    config = transformers.LlamaConfig(
+        vocab_size=vocab_size, hidden_size=256, intermediate_size=704, num_hidden_layers=8, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def make_drafter(name: str, stores: Path) -> Drafter:
+    """A fresh drafter over a fresh copy of what was learned before."""
+    if name == "fused":
+        return FusedDrafter([(part, _single(part, stores)) for part in FUSED])
+    return _single(name, stores)
+
+
+def _single(name: str, stores: Path) -> Drafter:
+    if name == "ngram":
+        return NgramDrafter()
+    store = RetrievalStore.load(stores.with_suffix(f".{name}"))
+    return SuffixDrafter(store=store) if name == "suffix" else LookaheadDrafter(store=store)
+
+
+def train_stores(items: Sequence[WorkItem], path: Path) -> None:
+    """Show the retrieval drafters answered calls and save what each keeps."""
+    drafters: dict[str, SuffixDrafter | LookaheadDrafter] = {"suffix": SuffixDrafter(), "lookahead": LookaheadDrafter()}
+    for name, drafter in drafters.items():
+        warm_up(drafter, jobs_of(items))
+        drafter.store.save(path.with_suffix(f".{name}"))
+
+
+def jobs_of(items: Sequence[WorkItem]) -> list[Job]:
+    """The calls, their answers forced."""
+    return [Job(item.prompt_ids, len(item.response_ids), item.response_ids) for item in items]
+
+
+def build_arms(names: Sequence[str], model: Any, stores: Path, concurrency: int) -> list[EngineArm]:
+    """``plain``, ``NAME@LENGTH``, ``NAME`` (its own rule) and ``fused``."""
+    arms = []
+    route = choose_route(model, max_length=model_max_length(model))  # once: it is the same for all
+    make = partial(build_engine, model, route=route, kv_tokens=concurrency * 1400)
+    for name in names:
+        base, _, length = name.partition("@")
+        if base == "plain":
+            arms.append(EngineArm(name, make, "none", budget=0, concurrency=concurrency))
+        else:
+            budget = int(length) if length else None
+            arms.append(
+                EngineArm(name, make, partial(make_drafter, base, stores), budget=budget, concurrency=concurrency)
+            )
+    return arms
+
+
+def decode_seconds(results: Sequence[JobResult], wall: float, concurrency: int) -> tuple[int, float]:
+    """Tokens and seconds of decoding."""
+    if concurrency > 1:
+        return sum(sum(one.emitted) for one in results), wall
+    return sum(sum(one.emitted[1:]) for one in results), sum(one.stamps[-1] - one.stamps[0] for one in results)
+
+
+def run_arms(
+    arms: Sequence[EngineArm], batches: Sequence[Sequence[Job]], concurrency: int, limit_s: float
+) -> dict[str, Any]:
+    """Every arm answers every batch, in turn, until the time is up; tokens and seconds of each."""
+    begin = perf_counter()
+    spent: dict[str, list[tuple[int, float]]] = {arm.name: [] for arm in arms}
+    steps: dict[str, list[int]] = {arm.name: [0, 0, 0] for arm in arms}
+    short = Job(batches[0][0].prompt_ids[:64], 12)
+    for arm in arms:  # compile and allocate
+        arm.run([short] * concurrency)
+    for number, batch in enumerate(batches):
+        if number and perf_counter() - begin > limit_s * number / (number + 1):
+            break  # another turn would not fit
+        for arm in [*arms[number % len(arms) :], *arms[: number % len(arms)]]:
+            start = perf_counter()
+            results = arm.run(batch)
+            spent[arm.name].append(decode_seconds(results, perf_counter() - start, concurrency))
+            for one in results:
+                counts = (len(one.emitted), sum(one.accepted), sum(one.drafted))
+                steps[arm.name] = [a + b for a, b in zip(steps[arm.name], counts, strict=True)]
+    return {
+        name: {
+            "tokens_per_s": sum(t for t, _ in parts) / sum(s for _, s in parts),
+            "tokens": [t for t, _ in parts],
+            "seconds": [round(s, 5) for _, s in parts],
+            "steps": steps[name][0],
+            "acceptance_length": 1 + steps[name][1] / max(steps[name][0], 1),
+            "drafted_per_step": steps[name][2] / max(steps[name][0], 1),
+        }
+        for name, parts in spent.items()
+    }
+
+
+def ratio(arms: dict[str, Any], ours: str, base: str, *, seed: int = 0) -> dict[str, float]:
+    """Speed of one arm over another, pooled, with a 95 % bootstrap interval over the batches."""
+    seconds = {name: np.array(arms[name]["seconds"]) / 1 for name in (ours, base)}
+    tokens = {name: np.array(arms[name]["tokens"]) for name in (ours, base)}
+    rng = np.random.default_rng(seed)
+
+    def of(rows: Any) -> float:
+        speed = {name: tokens[name][rows].sum() / seconds[name][rows].sum() for name in (ours, base)}
+        return float(speed[ours] / speed[base])
+
+    count = len(seconds[ours])
+    draws = [of(rng.integers(0, count, count)) for _ in range(2000)]
+    return {
+        "ratio": of(np.arange(count)),
+        "low": float(np.percentile(draws, 2.5)),
+        "high": float(np.percentile(draws, 97.5)),
+    }
+
+
+def fused_details(arm: EngineArm) -> dict[str, Any]:
+    """What the fused drafter learned: costs and gains of its sources, how well its values are calibrated."""
+    drafter = arm.engine.drafter
+    if not isinstance(drafter, FusedDrafter):
+        return {}
+    costs: CostModel = drafter.costs
+    return {
+        "sources": drafter.costs_and_gains(),
+        "calibration_error": drafter.acceptance.calibration_error(),
+        "reliability": [
+            {"sources": point.sources, "count": point.count, "predicted": point.predicted, "observed": point.observed}
+            for point in drafter.reliability()
+        ],
+        "step_ms": {str(n): costs.step_ms(n, 512, 1) for n in (1, 2, 4, 8, 16, 32, 64)},
+    }
+
+
+def measure_group(
+    model: Any, items: Sequence[WorkItem], stores: Path, names: Sequence[str], concurrency: int, limit_s: float
+) -> dict[str, Any]:
+    """One group of sources at one number of requests at a time."""
+    arms = build_arms(names, model, stores, concurrency)
+    jobs = jobs_of(items)
+    size = 1 if concurrency == 1 else 2 * concurrency
+    batches = [jobs[at : at + size] for at in range(0, len(jobs), size)]
+    try:
+        found = run_arms(arms, batches, concurrency, limit_s)
+        details = fused_details(next((arm for arm in arms if arm.name == "fused"), arms[0]))
+    finally:
+        for arm in arms:
+            arm.close()
+    result: dict[str, Any] = {
+        "concurrency": concurrency,
+        "batches": len(found["plain"]["tokens"]),
+        "arms": found,
+        "fused": details,
+    }
+    if "fused" in found:
+        result["fused_over"] = {name: ratio(found, "fused", name) for name in found if name != "fused"}
+    return result
+
+
+def take_calls(
+    paths: Sequence[Path], words: Any, *, calls: int, prompt: int, response: int, half: int, per_episode: int = 1
+) -> list[WorkItem]:
+    """Calls of each file: the sources in turn, so that a batch holds all of them."""
+    encode = partial(words.encode, add_special_tokens=False)
+    work = Workload.from_paths(paths, encode, Limits(calls, prompt, response, half, per_episode))
+    by_source: dict[str, list[WorkItem]] = {}
+    for item in work.items:
+        by_source.setdefault(item.source, []).append(item)
+    mixed = []
+    for row in range(max(map(len, by_source.values()))):
+        mixed += [items[row] for items in by_source.values() if row < len(items)]
+    return mixed
+
+
+def _shortened(item: WorkItem) -> WorkItem:
+    """With half the prompt: many at a time would spend the benchmark reading."""
+    return replace(item, prompt_ids=item.prompt_ids[-len(item.prompt_ids) // 2 :])
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--agents", nargs="*", type=Path, default=[])
+    parser.add_argument("--controls", nargs="*", type=Path, default=[])
+    parser.add_argument("--calls", type=int, default=2, help="of each agent source")
+    parser.add_argument("--control-calls", type=int, default=32, help="of each control source")
+    parser.add_argument("--train-calls", type=int, default=200)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--response", type=int, default=80)
+    parser.add_argument("--seconds", type=float, default=60, help="of each group and concurrency")
+    parser.add_argument("--agent-concurrency", default="1,16")
+    parser.add_argument("--concurrency", default="1,4,16,32", help="of the controls")
+    parser.add_argument("--stores", type=Path, default=Path(tempfile.gettempdir()) / "specdec-adaptive-stores")
+    parser.add_argument("--prepare", action="store_true", help="train the stores and stop")
+    parser.add_argument(
+        "--arrivals", type=Path, help="serve the agents' calls as they come here, and simulate the same"
+    )
+    parser.add_argument("--load-calls", type=int, default=8, help="of each agent source, for that")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    words = transformers.AutoTokenizer.from_pretrained(options.tokenizer)
+    groups = {"agents": options.agents, "controls": options.controls}
+    options.stores.mkdir(parents=True, exist_ok=True)
+    if options.prepare:
+        for group, paths in groups.items():
+            if paths:
+                kept = take_calls(paths, words, calls=options.train_calls, prompt=options.prompt, response=400, half=0,
+                                  per_episode=0)  # fmt: skip
+                train_stores(kept, options.stores / group)
+        return
+    model = small_model(len(words) + (-len(words)) % 128)
+    result: dict[str, Any] = {"model": {"parameters": sum(p.numel() for p in model.parameters()), "dtype": "float32"}}
+    if options.agents and options.agent_concurrency:
+        items = take_calls(
+            options.agents, words, calls=options.calls, prompt=options.prompt, response=options.response, half=1
+        )
+        result["agents"] = []
+        for number in map(int, options.agent_concurrency.split(",")):
+            lengths = ALONE if number == 1 else TOGETHER
+            names = ["plain", "fused", *(f"{name}@{n}" for name, few in lengths.items() for n in few)]
+            mine = items if number == 1 else [_shortened(item) for item in items]
+            result["agents"].append(
+                measure_group(model, mine, options.stores / "agents", names, number, options.seconds)
+            )
+            keep(result, options.json)
+    if options.arrivals:
+        items = take_calls(options.agents, words, calls=options.load_calls, prompt=256, response=48, half=1)
+        result["validation"] = validate(model, items, options)
+        print(json.dumps(result["validation"], indent=1), flush=True)
+    if options.controls:
+        items = take_calls(
+            options.controls, words, calls=options.control_calls, prompt=128, response=options.response, half=1
+        )
+        result["controls"] = []
+        for number in map(int, options.concurrency.split(",")):
+            mine = items[: max(4 * number, 12)]
+            result["controls"].append(
+                measure_group(model, mine, options.stores / "controls", ["plain", "fused"], number, options.seconds)
+            )
+            keep(result, options.json)
+
+
+def validate(model: Any, items: Sequence[WorkItem], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The simulator against a served load, for three policies; its costs are those that the adaptive run learned."""
+    limits = LoadLimits(max_batch_size=8, max_prefill_tokens=256)
+    arrivals = fit_arrivals(list(islice(read_arrivals(options.arrivals), 5000)), items, seconds=options.seconds)
+    route = choose_route(model, max_length=model_max_length(model))
+    make = partial(build_engine, model, route=route, kv_tokens=8 * 1400, max_batch_size=8, max_prefill_tokens=256)
+    record = record_acceptance(items, make_drafter("fused", options.stores / "agents"), budget=32)
+    served: dict[str, list[Served]] = {}
+    costs = CostModel()
+    for name, drafter, budget in (("adaptive", "fused", None), ("none", "none", 0), ("static-4", "fused", 4)):
+        guesser = NoDrafter() if drafter == "none" else make_drafter("fused", options.stores / "agents")
+        with make(guesser, budget=budget) as engine:
+            if isinstance(engine.controller, AdaptiveController):
+                engine.controller.costs.take(measure_costs(engine.target, batches=(1, 4, 8), contexts=(128, 512)))
+                costs = engine.controller.costs
+            served[name] = serve_load(engine, arrivals, items)
+    return [prediction_errors(real, arrivals, costs, record, Policy(name), limits) for name, real in served.items()]
+
+
+def keep(result: dict[str, Any], path: Path | None) -> None:
+    """Show the newest group and write what there is."""
+    report([*result.get("agents", []), *result.get("controls", [])][-1])
+    if path:
+        write_json(path, result)
+
+
+def report(group: dict[str, Any]) -> None:
+    """The figures of one group as text."""
+    print(f"x{group['concurrency']}, {group['batches']} batches")
+    for name, arm in sorted(group["arms"].items(), key=lambda pair: -pair[1]["tokens_per_s"]):
+        over = group.get("fused_over", {}).get(name)
+        text = f"fused is {over['ratio']:.3f} of it ({over['low']:.3f} to {over['high']:.3f})" if over else ""
+        print(f"  {name:14} {arm['tokens_per_s']:8.1f} tok/s  tau {arm['acceptance_length']:.2f}"
+              f"  drafted {arm['drafted_per_step']:.1f}  {text}")  # fmt: skip
+    print("  ", {k: v for k, v in group["fused"].items() if k != "reliability"}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -103,6 +103,11 @@ class CappedController:
         planned = self._inner.plan(states, load)
         return [budget if cap is None else min(budget, cap) for budget, cap in zip(planned, caps, strict=True)]
 
+    @property
+    def costs(self) -> object:
+        """The cost model of a planner that has one."""
+        return getattr(self._inner, "costs", None)
+
     def admit(self, states: Sequence[RequestState], trees: Sequence[DraftTree]) -> Sequence[DraftTree]:
         return self._inner.admit(states, trees)
 

@@ -101,7 +101,7 @@ def serve(
         loaded = load_model(model, dtype=dtype, device=device)
         engine = {
             "max_batch_size": max_batch_size, "max_length": max_length, "kv_tokens": kv_tokens,
-            "prefix_cache": prefix_cache,
+            "prefix_cache": prefix_cache, "costs": "measure",
         }  # fmt: skip
         options = launch.ServerOptions(
             name=name or Path(model).name,

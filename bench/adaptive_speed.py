@@ -5,12 +5,16 @@
 Recorded answers are forced onto a model with random weights, so all arms write the same text and only time differs.
 Arms take turns, call by call or batch by batch, in one process. Stores know the half of the episodes that is not
 measured. Decoding speed leaves the prompt's time out (from the first token to the last) where requests run alone; with
-several at a time it is the wall clock of the whole batch.
+several at a time it is the time of the whole batch.
+
+All times, also those by which the controller decides, are the CPU time of the one thread that does all the work: on an
+idle machine the time on the wall, on a busy one without the neighbours. So run it with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -18,7 +22,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from time import perf_counter
+from time import thread_time
 from typing import Any
 
 import numpy as np
@@ -42,6 +46,7 @@ from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.store import RetrievalStore
 from specdec.drafters.suffix import SuffixDrafter
+from specdec.errors import ConfigError
 from specdec.protocols import Drafter
 from specdec.routes import choose_route
 
@@ -50,8 +55,22 @@ __all__ = ["main"]
 # Recycling reads the target's own logits, and those of random weights say nothing about a recorded answer.
 FUSED = ("suffix", "lookahead", "ngram")
 # Fixed lengths that may be the best: long ones where requests run alone, short ones where many share a step.
-ALONE = {"suffix": (4, 8, 16, 32), "lookahead": (8,), "ngram": (8,)}
-TOGETHER = {"suffix": (1, 2, 4, 8), "lookahead": (2,)}
+ALONE = {"suffix": (4, 8, 16, 32), "lookahead": (8, 16), "ngram": (8,)}
+TOGETHER = {"suffix": (1, 2, 4, 8), "lookahead": (2, 4), "ngram": (2,)}
+_TRIE_CALLS = 60  # a saved trie is counted anew when it is loaded
+
+
+def use_cpu_clock() -> None:
+    """Let the engine, the drafters and the arms read the CPU time of this thread where they read the clock.
+
+    Raises:
+        ConfigError: torch runs several threads, whose work this clock does not see.
+    """
+    if torch.get_num_threads() > 1:
+        raise ConfigError("CPU time of one thread is measured: set OMP_NUM_THREADS=1")
+    for module in ("specdec.engine", "specdec.drafters.fusion", "specdec.bench.arms", "specdec.cost_measure"):
+        vars(importlib.import_module(module))["perf_counter"] = thread_time
+    (AdaptiveController.__init__.__kwdefaults__ or {})["clock"] = thread_time
 
 
 def small_model(vocab_size: int) -> Any:
@@ -82,7 +101,7 @@ def train_stores(items: Sequence[WorkItem], path: Path) -> None:
     """Show the retrieval drafters answered calls and save what each keeps."""
     drafters: dict[str, SuffixDrafter | LookaheadDrafter] = {"suffix": SuffixDrafter(), "lookahead": LookaheadDrafter()}
     for name, drafter in drafters.items():
-        warm_up(drafter, jobs_of(items))
+        warm_up(drafter, jobs_of(items[-_TRIE_CALLS:] if name == "lookahead" else items))
         drafter.store.save(path.with_suffix(f".{name}"))
 
 
@@ -95,7 +114,7 @@ def build_arms(names: Sequence[str], model: Any, stores: Path, concurrency: int)
     """``plain``, ``NAME@LENGTH``, ``NAME`` (its own rule) and ``fused``."""
     arms = []
     route = choose_route(model, max_length=model_max_length(model))  # once: it is the same for all
-    make = partial(build_engine, model, route=route, kv_tokens=concurrency * 1400)
+    make = partial(build_engine, model, route=route, kv_tokens=concurrency * 1400, costs="measure")
     for name in names:
         base, _, length = name.partition("@")
         if base == "plain":
@@ -119,19 +138,19 @@ def run_arms(
     arms: Sequence[EngineArm], batches: Sequence[Sequence[Job]], concurrency: int, limit_s: float
 ) -> dict[str, Any]:
     """Every arm answers every batch, in turn, until the time is up; tokens and seconds of each."""
-    begin = perf_counter()
     spent: dict[str, list[tuple[int, float]]] = {arm.name: [] for arm in arms}
     steps: dict[str, list[int]] = {arm.name: [0, 0, 0] for arm in arms}
     short = Job(batches[0][0].prompt_ids[:64], 12)
     for arm in arms:  # compile and allocate
         arm.run([short] * concurrency)
+    begin = thread_time()
     for number, batch in enumerate(batches):
-        if number and perf_counter() - begin > limit_s * number / (number + 1):
+        if number and thread_time() - begin > limit_s * number / (number + 1):
             break  # another turn would not fit
         for arm in [*arms[number % len(arms) :], *arms[: number % len(arms)]]:
-            start = perf_counter()
+            start = thread_time()
             results = arm.run(batch)
-            spent[arm.name].append(decode_seconds(results, perf_counter() - start, concurrency))
+            spent[arm.name].append(decode_seconds(results, thread_time() - start, concurrency))
             for one in results:
                 counts = (len(one.emitted), sum(one.accepted), sum(one.drafted))
                 steps[arm.name] = [a + b for a, b in zip(steps[arm.name], counts, strict=True)]
@@ -240,7 +259,7 @@ def main() -> None:
     parser.add_argument("--train-calls", type=int, default=200)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--response", type=int, default=80)
-    parser.add_argument("--seconds", type=float, default=60, help="of each group and concurrency")
+    parser.add_argument("--seconds", type=float, default=60, help="of CPU time, for each group and concurrency")
     parser.add_argument("--agent-concurrency", default="1,16")
     parser.add_argument("--concurrency", default="1,4,16,32", help="of the controls")
     parser.add_argument("--stores", type=Path, default=Path(tempfile.gettempdir()) / "specdec-adaptive-stores")
@@ -261,6 +280,7 @@ def main() -> None:
                                   per_episode=0)  # fmt: skip
                 train_stores(kept, options.stores / group)
         return
+    use_cpu_clock()
     model = small_model(len(words) + (-len(words)) % 128)
     result: dict[str, Any] = {"model": {"parameters": sum(p.numel() for p in model.parameters()), "dtype": "float32"}}
     if options.agents and options.agent_concurrency:

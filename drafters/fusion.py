@@ -96,20 +96,17 @@ class FusedDrafter:
 
     Raises:
         ConfigError: no source, more than 8, or two with one name.
-        UnsupportedError: sources that read different hidden states.
     """
 
     def __init__(self, sources: Sequence[tuple[str, Drafter]], *, costs: CostModel | None = None) -> None:
         names = [name for name, _ in sources]
         if not 1 <= len(names) <= MAX_SOURCES or len(set(names)) < len(names):
             raise ConfigError(f"a fused drafter needs 1 to {MAX_SOURCES} different sources, got {', '.join(names)}")
-        wanted = {drafter.needs.hidden_layers for _, drafter in sources if drafter.needs.hidden_layers}
-        if len(wanted) > 1:
-            raise ConfigError(f"fused drafters must read the same hidden states, got {sorted(wanted)}")
+        needs = [drafter.needs for _, drafter in sources]
         self.needs = DrafterNeeds(
-            hidden_layers=next(iter(wanted), ()),
+            hidden_layers=tuple(sorted({layer for need in needs for layer in need.hidden_layers})),
             needs_match=True,
-            num_successors=max(drafter.needs.num_successors for _, drafter in sources),
+            num_successors=max(need.num_successors for need in needs),
         )
         self.costs = costs or CostModel()
         self.acceptance = AcceptanceModel(len(names))

@@ -58,7 +58,7 @@ class EngineConfig(BaseModel):
 
     costs: Literal["learn", "measure"] = Field(
         default="learn",
-        description="where an adaptive controller, if there is one, has its times from: learn: from the steps themselves; measure: from "
+        description="where an adaptive controller has its times from: learn: from the steps themselves; measure: from "
         "a few seconds at the start, kept in the user's cache for the next one",
     )
 

@@ -23,9 +23,9 @@ _PIECE = 256  # prompt tokens per forward while a context is built
 def measure_costs(
     target: TargetModel,
     *,
-    batches: Sequence[int] = (1, 8),
+    batches: Sequence[int] = (1, 4, 16),
     contexts: Sequence[int] = (128, 512),
-    max_tokens: int = 64,
+    max_tokens: int = 128,
     max_seconds: float = 5.0,
 ) -> CostModel:
     """The target's times, measured on itself with made-up prompts; its KV is as before afterwards.

@@ -183,6 +183,4 @@ def test_wrong_sources_are_named() -> None:
             super().__init__(V)
             self.needs = DrafterNeeds(hidden_layers=(layer,))
 
-    with pytest.raises(ConfigError, match="same hidden states"):
-        FusedDrafter([("a", Reads(1)), ("b", Reads(2))])
-    assert FusedDrafter([("a", Reads(1)), ("b", NgramDrafter())]).needs.hidden_layers == (1,)
+    assert FusedDrafter([("a", Reads(2)), ("b", Reads(1)), ("c", NgramDrafter())]).needs.hidden_layers == (1, 2)

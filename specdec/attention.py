@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -206,6 +206,30 @@ class StepAttention:
             out[0, rows] = result.flatten(0, 1).transpose(0, 1)
         return out
 
+    def keep_rows(self, rows: npt.NDArray[np.int64]) -> None:
+        """Go on with some query tokens only, [K] ascending indices in the flat row; at least one of each request.
+
+        K/V of the others is missing from here on, so no kept row may see a dropped one. Not for strict attention.
+        """
+        index = torch.from_numpy(rows).to(self.device)
+        for key, slots in self._slots.items():
+            whole = torch.arange(slots.start, slots.stop, device=self.device) if isinstance(slots, slice) else slots
+            self._slots[key] = whole[index]
+        layouts, local, start = [], [], 0
+        for layout in self.layouts:
+            first, last = np.searchsorted(rows, [layout.start, layout.start + layout.num_tokens])
+            local.append(torch.from_numpy(rows[first:last] - layout.start).to(self.device))
+            layouts.append(replace(layout, start=start, num_tokens=int(last - first)))
+            start += int(last - first)
+        self._keys = {
+            (key, per_kv): [
+                _kept_keys(seen, mine, layout.num_tokens, per_kv)
+                for seen, mine, layout in zip(all_seen, local, self.layouts, strict=True)
+            ]
+            for (key, per_kv), all_seen in self._keys.items()
+        }
+        self.layouts = layouts
+
     def _slots_of(self, group: KVGroup) -> torch.Tensor | slice:
         """Where the query tokens' own K/V go, in flat order."""
         tables = [group.tables[layout.request_id] for layout in self.layouts]
@@ -245,6 +269,18 @@ class StepAttention:
 
     def _index(self, slots: Sequence[IntArray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(slots).astype(np.int64)).to(self.device)
+
+
+def _kept_keys(seen: _Keys | StrictKeys, rows: torch.Tensor, num_tokens: int, per_kv: int) -> _Keys:
+    """The same keys for some of a request's query tokens."""
+    if isinstance(seen, StrictKeys):
+        raise InternalError("strict attention has no mask to cut")
+    if seen.mask is None:
+        return seen
+    if not seen.packed:
+        return replace(seen, mask=seen.mask[rows])
+    blocks = seen.mask.unflatten(0, (per_kv, num_tokens))
+    return replace(seen, mask=blocks[:, rows].flatten(0, 1))
 
 
 # Rows of a storage [num_slots, Hkv, D]. With an index tensor these two beat `storage[index]`, five times for a gather.

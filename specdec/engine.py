@@ -6,6 +6,7 @@ The engine knows contracts only; ``specdec.build`` puts concrete parts together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -186,7 +187,7 @@ class Engine:
             return
         output = self.target.forward(chunks)
         times.append(perf_counter())
-        decoding = [chunk for chunk in chunks if chunk.tree is not None]
+        decoding = _verified([chunk for chunk in chunks if chunk.tree is not None], output)
         results = self._verify(decoding, output)
         times.append(perf_counter())
         emitted = self._commit(chunks, decoding, results, output, outputs)
@@ -260,7 +261,7 @@ class Engine:
         """Cut each result at its first stop, keep the KV of what stays, append the tokens; what each request got."""
         keep: dict[str, list[int]] = {}
         emitted: list[tuple[list[int], FinishReason | None]] = []
-        for chunk, result in zip(decoding, results, strict=True):
+        for row, (chunk, result) in enumerate(zip(decoding, results, strict=True)):
             new_ids = [*result.accepted_ids.tolist(), result.bonus_id]
             try:
                 count, reason = self._stops[chunk.state.request_id].cut(chunk.state.token_ids, new_ids)
@@ -269,7 +270,10 @@ class Engine:
                 raise
             emitted.append((new_ids[:count], reason))
             # The last emitted token is the next root: its KV is not kept, also where it was a draft token.
-            keep[chunk.state.request_id] = [0, *result.accepted_nodes[: count - 1].tolist()]
+            nodes = result.accepted_nodes[: count - 1]
+            if output.kept_nodes is not None:
+                nodes = output.kept_nodes[row][nodes]  # as the target counts them
+            keep[chunk.state.request_id] = [0, *nodes.tolist()]
         kept = [keep.get(chunk.state.request_id, []) for chunk in chunks]
         self.target.commit(chunks, kept)
         for chunk, nodes in zip(chunks, kept, strict=True):
@@ -333,6 +337,16 @@ def _hand_on_hidden(chunks: Sequence[Chunk], kept: Sequence[Sequence[int]], outp
             new = HiddenStates(new.layers, torch.cat((unread.rows, new.rows)))
         chunk.state.hidden = new
         start += chunk.num_tokens
+
+
+def _verified(decoding: Sequence[Chunk], output: TargetOutput) -> list[Chunk]:
+    """The chunks with what the target has left of their trees."""
+    if output.kept_nodes is None:
+        return list(decoding)
+    return [
+        chunk if chunk.tree is None else replace(chunk, tree=chunk.tree.subtree(nodes))
+        for chunk, nodes in zip(decoding, output.kept_nodes, strict=True)
+    ]
 
 
 def _check_pair(verifier: Verifier, drafter: Drafter) -> None:

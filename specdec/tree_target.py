@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from specdec.attention import IMPLEMENTATION, AttentionStep, StepAttention, TailMasks, active
+from specdec.early_exit import EarlyExit, Pruning
 from specdec.errors import ConfigError, InternalError, UnsupportedError
 from specdec.flat_batch import flatten, warm_up
 from specdec.kernels.launch import Backend, uses_triton
@@ -121,6 +122,7 @@ class TreeTarget:
             device=self.device,
             keep_runs=False if uses_kernels else None,
         )
+        self.early_exit: EarlyExit | None = None
         self.prefixes = PrefixCache(self.pool) if keeps_prefixes and not hidden_layers else None
         self._operations: AbstractContextManager[Any] = (
             StrictOperations() if is_strict and uses_kernels else nullcontext()
@@ -205,13 +207,31 @@ class TreeTarget:
         is_asked = self.num_successors > 0 and any(len(chunk.prefix_ids) for chunk in chunks)
         places = _last_places(chunks) if is_asked else []
         rows = np.concatenate([batch.tree_rows, *places]) if places else batch.tree_rows
-        logits, hidden = self.run(batch.layouts, batch.input_ids, batch.positions, rows)
+        pruned = self.early_exit.plan(chunks, batch.tree_rows) if self.early_exit else None
+        logits, hidden = self.run(
+            batch.layouts, batch.input_ids, batch.positions, rows, pruning=pruned.around if pruned else None
+        )
         successors = self._successors(batch.input_ids, places, logits[len(batch.tree_rows) :])
         logits = logits[: len(batch.tree_rows)]
+        if pruned is not None:
+            return pruned.output(logits, successors)
         if hidden is None:
             return TargetOutput(logits, batch.cu_nodes, successors=successors)
         states = HiddenStates(self.hidden_layers, hidden)
         return TargetOutput(logits, batch.cu_nodes, states, batch.tree_rows, successors)
+
+    def prune_with(self, early: EarlyExit) -> None:
+        """Drop hopeless draft tokens half-way through the forward from now on.
+
+        Raises:
+            UnsupportedError: the numerics are strict, drafters read states, which dropped rows have not, or our
+                kernels run the step, whose buffers have a fixed shape.
+        """
+        if self.is_strict or self.hidden_layers or self.runner is not None:
+            raise UnsupportedError(
+                "early pruning needs numerics='default', no kernels, and drafters that read no hidden states"
+            )
+        self.early_exit = early
 
     def _successors(
         self, input_ids: npt.NDArray[np.int64], places: Sequence[npt.NDArray[np.int64]], logits: torch.Tensor
@@ -230,6 +250,8 @@ class TreeTarget:
         input_ids: npt.NDArray[np.int64],
         positions: npt.NDArray[np.int64],
         logit_rows: npt.NDArray[np.int64],
+        *,
+        pruning: Pruning | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One forward over a flat row of query tokens, whose slots have been reserved.
 
@@ -238,6 +260,7 @@ class TreeTarget:
             input_ids: [T].
             positions: [T] absolute.
             logit_rows: [L] indices in the flat row.
+            pruning: entered around the forward with its attention and the rows; it may drop rows on the way.
 
         Returns:
             [L, V] logits, and the states of ``hidden_layers`` at all query tokens, [T, layers * E], or None. The K/V
@@ -252,8 +275,10 @@ class TreeTarget:
             self.pool, layouts, self._num_query_groups, dtype=self.dtype, device=self.device, masks=self._masks,
             is_strict=self.is_strict,
         )  # fmt: skip
-        ids, places, rows = (torch.from_numpy(x).to(self.device) for x in (input_ids, positions, logit_rows))
-        return self._forward(step, ids, places, rows)
+        ids, places = (torch.from_numpy(x).to(self.device) for x in (input_ids, positions))
+        rows = torch.tensor(logit_rows, device=self.device)  # a copy: pruning rewrites it
+        with pruning(step, rows) if pruning else nullcontext():
+            return self._forward(step, ids, places, rows)
 
     def _forward(
         self, step: AttentionStep, input_ids: torch.Tensor, positions: torch.Tensor, logit_rows: torch.Tensor

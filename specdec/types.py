@@ -272,6 +272,8 @@ class TargetOutput:
         hidden: states at all Q query tokens of the step: chunk after chunk, prefix before tree. None: nobody asked.
         node_rows: [T] int64: the row of ``hidden`` that belongs to each row of ``logits``; None without ``hidden``.
         successors: one for each chunk, with a tree or not; empty if nobody asked.
+        kept_nodes: of each tree the nodes that the target did not drop on the way, ascending, the root first; logits
+            and ``cu_nodes`` are of these. None: all of all trees.
     """
 
     logits: torch.Tensor
@@ -279,6 +281,7 @@ class TargetOutput:
     hidden: HiddenStates | None = None
     node_rows: npt.NDArray[np.int64] | None = None
     successors: Sequence[Successors] = ()
+    kept_nodes: Sequence[npt.NDArray[np.int64]] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -155,7 +155,8 @@ def build_simulated_arms(names: Sequence[str], vocab_size: int, *, budget: int |
     arms: list[Arm] = []
     for name in names:
         base, _, _ = name.partition("@")
-        if base in ("plain", "arctic", *TEXT_DRAFTERS):
+        reads_text = all(part in TEXT_DRAFTERS for part in base.removeprefix("fused:").split("+"))
+        if base in ("plain", "arctic") or reads_text:
             arms.append(_ours(name, make, budget, 1))
         else:
             reason = "it needs a model, which a simulation does not have: replay or live can measure it"

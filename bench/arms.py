@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
@@ -21,6 +22,8 @@ from specdec.bench.forcing import ForcedResponse
 from specdec.build import compile_ahead, name_drafter
 from specdec.controller_adaptive import AdaptiveController
 from specdec.drafters.checkpoint import PendingDrafter
+from specdec.drafters.fusion import FusedDrafter
+from specdec.drafters.fusion_kernels import NUM_BINS
 from specdec.errors import UnsupportedError
 from specdec.types import IntArray, Request, RequestState, SamplingParams, StepEvent, StepTrace
 
@@ -152,6 +155,16 @@ class EngineArm:
             self._fresh_drafter(), budget=budget, max_batch_size=concurrency, observers=[self._recorder]
         )
         self._count = 0
+        self._judged = np.zeros((NUM_BINS, 3))  # of drafters that were replaced
+
+    def _points(self) -> npt.NDArray[np.float64]:
+        drafter = self._engine.drafter
+        return drafter.acceptance.points() if isinstance(drafter, FusedDrafter) else np.zeros((NUM_BINS, 3))
+
+    def reliability(self) -> list[tuple[float, float, int]]:
+        """(predicted chance, observed share, nodes) by tenth; empty for drafters that are not calibrated."""
+        points = (self._judged + self._points()).tolist()
+        return [(predicted / count, hits / count, int(count)) for count, predicted, hits in points if count]
 
     def _fresh_drafter(self) -> Drafter | PendingDrafter:
         if not isinstance(self._drafter, str):
@@ -160,6 +173,7 @@ class EngineArm:
         return name_drafter(self._drafter, **self._drafter_options)
 
     def reset(self) -> None:
+        self._judged = self._judged + self._points()
         fresh = self._fresh_drafter()
         if not isinstance(fresh, PendingDrafter):  # those have weights, and nothing of earlier requests
             self._engine.drafter = fresh

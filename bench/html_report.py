@@ -20,6 +20,7 @@ _CAPTIONS = {
     "speed": "Pooled tokens/s against {}; whiskers: 95 % bootstrap interval over episodes.",
     "positions": "Solid: accepted at this position / steps that drafted. Dashed: the same, given that all earlier "
     "positions were accepted and this one was drafted.",
+    "reliability": "Of the drafted nodes that were given a chance, the share that came true; the diagonal is perfect.",
     "timeline": "Tokens out over time, the calls of the first episode one behind the other. Flat parts read prompts.",
     "cost": "Median forward time by tokens in the step, behind a prompt of the workload's median length.",
     "break-even": "The share of its tokens that must be accepted for a draft of this size to pay: what the step costs "
@@ -34,6 +35,7 @@ def html_report(result: BenchResult) -> str:
     sections += [
         _figure("Speed-up by source", _speedups(result, sources), _CAPTIONS["speed"].format(result.baseline)),
         _figure("Acceptance by position", _positions(result), _CAPTIONS["positions"]),
+        _figure("Reliability", _reliability(result), _CAPTIONS["reliability"]),
         _figure("One episode", _timeline(result), _CAPTIONS["timeline"]),
         _figure("Cost of a target step", _cost(result), _CAPTIONS["cost"]),
         _figure("Break-even", _break_even(result), _CAPTIONS["break-even"]),
@@ -146,6 +148,18 @@ def _positions(result: BenchResult) -> str:
     colours = {label: _arms(result)[label.removesuffix(", given")] for label in series}
     names = {"x_name": "draft position", "y_name": "share accepted"}
     return plots.lines("Acceptance by position", series, dashed=dashed, colours=colours, **names) if series else ""
+
+
+def _reliability(result: BenchResult) -> str:
+    series = {
+        name: [(predicted, observed) for predicted, observed, _ in points]
+        for name, points in result.reliability.items()
+    }
+    if not series:
+        return ""
+    series["perfect"] = [(0.0, 0.0), (1.0, 1.0)]
+    names = {"x_name": "predicted chance", "y_name": "share that came true"}
+    return plots.lines("Reliability", series, dashed=["perfect"], **names)
 
 
 def _timeline(result: BenchResult) -> str:

@@ -203,6 +203,10 @@ class BenchResult(_Record):
     flags: list[Flag] = Field(default_factory=list)
     memory: dict[str, int] = Field(default_factory=dict, description="bytes: peak of the process, of the device")
     energy_j: dict[str, float] = Field(default_factory=dict, description="joules per arm, where the GPU counts them")
+    reliability: dict[str, list[tuple[float, float, int]]] = Field(
+        default_factory=dict,
+        description="by arm that calibrates: (predicted chance, observed share, nodes), one point per tenth",
+    )
     cost_curve: list[tuple[int, float]] = Field(
         default_factory=list, description="(tokens in one target step, milliseconds), at a fixed context"
     )

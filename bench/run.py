@@ -204,6 +204,9 @@ def run_bench(
         _take(result, run, options)
         if before is not None and before.rows:
             result.energy_j = {}  # what was counted before the interruption belongs to calls that were done anew
+        result.reliability = {
+            arm.name: points for arm in arms if isinstance(arm, EngineArm) and (points := arm.reliability())
+        }
         engines = [arm.engine for arm in arms if isinstance(arm, EngineArm) and arm.concurrency == 1]
         if engines and target is not None and not run.is_partial:
             result.cost_curve = cost_curve(engines[0], work)

@@ -152,9 +152,14 @@ class AcceptanceModel:
             if count
         ]
 
+    def points(self) -> npt.NDArray[np.float64]:
+        """[NUM_BINS, 3]: by tenth, over all sets of sources: nodes, sum of their predicted chances, hits."""
+        pooled: npt.NDArray[np.float64] = self._bins.sum(axis=0)
+        return pooled
+
     def calibration_error(self) -> float:
         """Expected calibration error: mean distance of predicted and observed, weighted by the number of nodes."""
-        bins = self._bins.sum(axis=0)
+        bins = self.points()
         total = bins[:, 0].sum()
         return float(np.abs(bins[:, 1] - bins[:, 2]).sum() / total) if total else 0.0
 

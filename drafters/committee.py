@@ -67,7 +67,8 @@ class Router:
             raise ConfigError(f"per_request must be in [1, {num_models}], got {per_request}")
         self._num_models, self._per_request = num_models, per_request
         self._rng = np.random.default_rng(seed)
-        self._scores: dict[str, np.ndarray] = {}  # by request, [M]
+        self._scores: dict[str, np.ndarray] = {}  # by request, [M]; infinite: not tried yet
+        self._counts: dict[str, np.ndarray] = {}
         self._accepted: dict[str, float] = {}
 
     def pick(self, request_id: str) -> list[int]:
@@ -79,10 +80,13 @@ class Router:
 
     def note(self, request_id: str, model: int, confidence: float, agreed: bool) -> None:
         """A model's best guess had this probability, and was right or not."""
-        scores = self._scores.setdefault(request_id, np.full(self._num_models, 0.5))
+        scores = self._scores.setdefault(request_id, np.full(self._num_models, np.inf))
+        counts = self._counts.setdefault(request_id, np.zeros(self._num_models))
         agreement = 1.0 if agreed else 0.0
         score = 2 * confidence * agreement / max(confidence + agreement, 1e-9)
-        scores[model] += _NEWEST * (score - scores[model])
+        counts[model] += 1
+        before = 0.0 if np.isinf(scores[model]) else scores[model]
+        scores[model] = before + max(_NEWEST, 1 / counts[model]) * (score - before)
 
     def note_accepted(self, request_id: str, accepted: int) -> None:
         """So many tokens of a request's draft were accepted."""
@@ -92,6 +96,7 @@ class Router:
     def forget(self, request_id: str) -> None:
         """Drop what is known of a request."""
         self._scores.pop(request_id, None)
+        self._counts.pop(request_id, None)
         self._accepted.pop(request_id, None)
 
 

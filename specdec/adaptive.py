@@ -16,7 +16,7 @@ from specdec.controller_adaptive import AdaptiveController
 from specdec.cost_measure import measure_costs
 from specdec.cost_model import CostModel, cost_file
 from specdec.drafters.fusion import FusedDrafter
-from specdec.errors import LoadError
+from specdec.errors import ConfigError, LoadError
 from specdec.protocols import Controller, Drafter, TargetModel
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def measured_costs(model: PreTrainedModel, target: TargetModel, variant: Sequenc
         variant: what else the times depend on.
 
     Returns:
-        The table, and the file where it is kept.
+        The table, empty where the target has no room to be measured in, and the file where it is kept.
     """
     config: Any = model.config
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine()
@@ -85,6 +85,10 @@ def measured_costs(model: PreTrainedModel, target: TargetModel, variant: Sequenc
     try:
         return CostModel.load(path), path
     except LoadError:
-        costs = measure_costs(target)
+        try:
+            costs = measure_costs(target)
+        except ConfigError as error:
+            logger.warning("what steps cost is learned as they come: %s", error)
+            return CostModel(), path
         logger.info("measured what a step of %s costs: %.2f ms for one token", name, costs.step_ms(1, 128, 1))
         return costs, path

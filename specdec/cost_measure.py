@@ -9,7 +9,7 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from specdec.cost_model import CONTEXTS, TOKENS, CostModel, CostTable
+from specdec.cost_model import TOKENS, CostModel, CostTable
 from specdec.errors import ConfigError
 from specdec.protocols import TargetModel
 from specdec.types import Chunk, DraftTree, Request, RequestState, SamplingParams
@@ -17,6 +17,7 @@ from specdec.types import Chunk, DraftTree, Request, RequestState, SamplingParam
 __all__ = ["measure_costs"]
 
 _REPEATS = 3
+_GROWTH = len(TOKENS) * (_REPEATS + 1)  # every step commits a token
 _PIECE = 256  # prompt tokens per forward while a context is built
 
 
@@ -47,18 +48,23 @@ def measure_costs(
         raise ConfigError(
             f"sizes must be >= 1 and the time > 0, got {batches}, {contexts}, {max_tokens}, {max_seconds}"
         )
+    max_tokens = min(max_tokens, target.max_length // 4)
+    longest = target.max_length - max_tokens - _GROWTH
+    contexts = [context for context in contexts if context <= longest] or [longest]
     table, begin = CostTable(), perf_counter()
     for batch in batches:
         for context in contexts:
             is_first = not table.is_measured
             if not is_first and perf_counter() - begin > max_seconds:
                 return CostModel({"target": table})
-            if context + max_tokens + 1 > target.max_length or not target.has_room(batch * (context + max_tokens)):
+            if context < 1 or not target.has_room(batch * (context + max_tokens + _GROWTH)):
                 continue
             for tokens, ms in _timed(target, batch, context, max_tokens, begin + max_seconds, is_first):
                 table.observe(tokens, context, batch, ms)
     if not table.is_measured:
-        raise ConfigError(f"this target has no room for {batches[0]} requests of {contexts[0]} tokens")
+        raise ConfigError(
+            f"this target has no room to measure its costs in: {batches[0]} requests of {contexts[0]} tokens"
+        )
     return CostModel({"target": table})
 
 
@@ -81,8 +87,7 @@ def _timed(
 def _cached_state(target: TargetModel, name: str, context: int) -> RequestState:
     """A request whose prompt is cached."""
     prompt = (np.arange(context + 1) * 31 % min(target.vocab_size, 997)).astype(np.int32)
-    room = max(CONTEXTS[0], len(TOKENS) * (_REPEATS + 2))
-    state = RequestState(Request(name, prompt, SamplingParams(max_new_tokens=room)))
+    state = RequestState(Request(name, prompt, SamplingParams(max_new_tokens=_GROWTH)))
     while state.num_cached < context:
         piece = state.token_ids[state.num_cached : min(state.num_cached + _PIECE, context)]
         target.reserve(state, len(piece))

@@ -12,6 +12,7 @@ import torch
 from specdec.bench import replay
 from specdec.bench.arm_builder import ArcticDrafter, arm_names, build_arms
 from specdec.bench.arms import EngineArm, GenerateArm
+from specdec.bench.html_report import html_report
 from specdec.bench.loaders import Skips
 from specdec.bench.results_schema import read_result
 from specdec.bench.run import BenchOptions, make_workload, run_bench
@@ -326,6 +327,17 @@ def test_replay_and_simulation_agree_on_every_step(target, traces):
         other = by_key[row.arm, row.call]
         assert {name: getattr(row, name) for name in shown} == {name: getattr(other, name) for name in shown}
     assert simulated.summary("ngram").acceptance_length > 1.5
+
+
+def test_a_fused_arm_shows_how_well_its_chances_are_calibrated(traces):
+    chosen = options(mode="simulate", arms=("plain", "fused:ngram+suffix"), rounds=1)
+    result = run_bench(None, make_workload([traces], encode, chosen), chosen)
+    points = result.reliability["fused:ngram+suffix"]
+    assert sum(count for _, _, count in points) > 10
+    assert all(0 <= predicted <= 1 and 0 <= observed <= 1 for predicted, observed, _ in points)
+    page = html_report(result)
+    assert "Reliability" in page
+    assert "perfect" in page
 
 
 def test_a_simulation_has_no_speedups_and_says_which_arms_need_a_model(traces):

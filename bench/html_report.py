@@ -158,8 +158,9 @@ def _reliability(result: BenchResult) -> str:
     if not series:
         return ""
     series["perfect"] = [(0.0, 0.0), (1.0, 1.0)]
-    names = {"x_name": "predicted chance", "y_name": "share that came true"}
-    return plots.lines("Reliability", series, dashed=["perfect"], **names)
+    return plots.lines(
+        "Reliability", series, dashed=["perfect"], x_name="predicted chance", y_name="share that came true"
+    )
 
 
 def _timeline(result: BenchResult) -> str:

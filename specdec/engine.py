@@ -270,10 +270,10 @@ class Engine:
                 raise
             emitted.append((new_ids[:count], reason))
             # The last emitted token is the next root: its KV is not kept, also where it was a draft token.
-            nodes = result.accepted_nodes[: count - 1]
+            path = result.accepted_nodes[: count - 1].tolist()
             if output.kept_nodes is not None:
-                nodes = output.kept_nodes[row][nodes]  # as the target counts them
-            keep[chunk.state.request_id] = [0, *nodes.tolist()]
+                path = output.kept_nodes[row][path].tolist()  # as the target counts them
+            keep[chunk.state.request_id] = [0, *path]
         kept = [keep.get(chunk.state.request_id, []) for chunk in chunks]
         self.target.commit(chunks, kept)
         for chunk, nodes in zip(chunks, kept, strict=True):

@@ -31,6 +31,7 @@ PAGES = (
     "docs/sidecar.md",
     "docs/drafters.md",
     "docs/training.md",
+    "docs/online-training.md",
 )
 _REPLAYS = (
     "replay_agents_bfloat16",
@@ -238,7 +239,24 @@ def _tiny_drafters(root: Path) -> str:
     return "\n".join(rows) + f"\n\n{what} " + _source("tiny_drafters", result, link=_FROM_DOCS)
 
 
+def _day_zero(root: Path) -> str:
+    results = {name: _load(root, name) for name in ("day_zero", "day_zero_pool")}
+    lines = ["| minutes | prompts that never repeat | 16 prompts, again and again |", "| ---: | ---: | ---: |"]
+    for minute in range(0, 30, 3):
+        cells = [_in_minutes(result["requests"], minute, minute + 3) for result in results.values()]
+        lines.append(f"| {minute} to {minute + 3} | {' | '.join(cells)} |")
+    notes = [_source(name, result, link=_FROM_DOCS) for name, result in results.items()]
+    return "\n".join([*lines, "", *notes])
+
+
+def _in_minutes(requests: list[list[Any]], start: int, end: int) -> str:
+    """Acceptance length of the requests that finished in a stretch of time."""
+    some = [row for row in requests if start <= row[0] / 60 < end]
+    return f"{sum(row[1] for row in some) / sum(row[2] for row in some):.2f}" if some else "–"
+
+
 _TABLES: Mapping[str, Callable[[Path], str]] = {
+    "day_zero": _day_zero,
     "demo": _demo,
     "plain_speed": _plain_speed,
     "retrieval": _retrieval,

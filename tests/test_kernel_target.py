@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 
+from specdec import strict
 from specdec.build import build_engine
 from specdec.device_tables import DeviceTables
 from specdec.errors import ConfigError, InternalError, UnsupportedError
@@ -221,3 +222,12 @@ def test_triton_by_name_is_refused_where_it_cannot_run(monkeypatch):
     with pytest.raises(RuntimeError, match="asked for by name, but it cannot run on cpu"):
         build_engine(model, "none", max_length=32, kv_tokens=300, route=choose_route(model, max_length=32),
                      kernels="triton")  # fmt: skip
+
+
+def test_strict_logits_have_the_bits_of_decoding_one_by_one(fixed_order_products, monkeypatch):
+    monkeypatch.setattr(strict, "_CUT", 5)
+    prompt, path, other = np.split(np.arange(28, dtype=np.int32) * 37 % VOCAB_SIZE, [12, 18])
+    for is_strict in (True, False):
+        target = target_of(make("llama"), kernels="triton", is_strict=is_strict)
+        alone = strict._one_by_one(target, prompt, path)
+        assert torch.equal(strict._in_a_tree(target, prompt, path, other), alone) == is_strict

@@ -147,6 +147,7 @@ def test_only_what_tenants_allow_is_captured(learning: Learning) -> None:
 
 @needs_chromium
 def test_the_page_shows_versions_and_promotes_one(learning: Learning) -> None:
+    newest = publish(learning.registry, tiny_llama(), seed=0)
     with browser_page() as page:
         page.open(learning.live.url, width=390, dark=False)
         page.run(
@@ -156,10 +157,9 @@ def test_the_page_shows_versions_and_promotes_one(learning: Learning) -> None:
         page.run("document.getElementById('admin-key').value = 'key-admin'")
         page.run("document.getElementById('versions-show').click()")
         page.wait("document.querySelectorAll('#versions tr').length >= 3")
-        before = learning.registry.state().events
-        page.run("document.querySelector('#versions button[aria-label^=pin], #versions button').click()")
-        page.wait("document.getElementById('versions-status').textContent.startsWith('version ')")
-        assert len(learning.registry.state().events) >= len(before)
+        page.run(f"document.querySelector('#versions button[aria-label=\"promote version {newest}\"]').click()")
+        page.wait(f"document.querySelector('#versions').textContent.includes('{newest}current')")
+        assert learning.registry.state().current == newest
         assert page.run("document.documentElement.scrollWidth <= window.innerWidth")
 
 

@@ -15,6 +15,10 @@ ROUTES = [
     ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/v1/models"), ("GET", "/health"),
     ("GET", "/ready"), ("GET", "/version"), ("GET", "/metrics"),
 ]  # fmt: skip
+ADMIN = [
+    ("GET", "/admin/drafters"), ("POST", "/admin/drafters/rollback"), ("POST", "/admin/drafters/{version}/promote"),
+    ("POST", "/admin/drafters/{version}/pin"), ("GET", "/admin/capture"), ("POST", "/admin/capture/forget"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,20 @@ def schema(live: Live) -> Any:
 
 def test_the_document_names_every_route(schema: Any) -> None:
     named = {(found.ok().method.upper(), found.ok().path) for found in schema.get_all_operations()}
-    assert named == set(ROUTES)
+    assert named == {*ROUTES, *ADMIN}
+
+
+@pytest.mark.parametrize(("method", "path"), ADMIN)
+def test_without_an_admin_key_nobody_gets_in(schema: Any, method: str, path: str) -> None:
+    @hypothesis.settings(
+        max_examples=15, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )  # fmt: skip
+    @hypothesis.given(case=schema[path][method].as_strategy())
+    def check(case: Any) -> None:
+        assert case.call().status_code in (400, 403)
+
+    check()
 
 
 @pytest.mark.parametrize("mode", ["positive", "negative"])

@@ -37,6 +37,7 @@ _REPLAYS = (
     "replay_agents_bfloat16",
     "replay_agents_float32",
     "replay_controls_bfloat16",
+    "replay_controls_float32",
 )
 _REGION = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

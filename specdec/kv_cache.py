@@ -162,6 +162,19 @@ class KVGroup:
             self.allocator.give(table.slots[: len(table)])
             self.allocator.unclaim(*table.claim)
 
+    def has_run(self, expected_length: int) -> bool:
+        """True if a newcomer would get a run of its own, or would not care."""
+        return not self.keep_runs or self.allocator.has_run(_run_length(self, expected_length))
+
+    def expect(self, request_id: str, expected_length: int) -> None:
+        """A request in one run is likely to grow to so many tokens: promise it what comes behind; 0 takes that back."""
+        table = self.tables[request_id]
+        self.allocator.unclaim(*table.claim)
+        room = self.allocator.num_slots - table.base
+        is_growing = table.is_run and self.keep_runs and expected_length > 0
+        table.claim = (table.base, min(_run_length(self, expected_length), room)) if is_growing else (0, 0)
+        self.allocator.claim(*table.claim)
+
     def holds(self, request_id: str, length: int) -> bool:
         """True if the cached slots include every position that a query at position ``length`` or later can see."""
         table = self.tables.get(request_id)
@@ -257,6 +270,10 @@ class KVPool:
             runs = device.type == "cpu" if keep_runs is None else keep_runs
             self.groups[key] = KVGroup(key, calls, held + 1, dtype=dtype, device=device, keep_runs=runs)
 
+    def __contains__(self, request_id: str) -> bool:
+        """True if a request holds anything."""
+        return any(request_id in group.tables for group in self.groups.values())
+
     @property
     def nbytes(self) -> int:
         """Bytes of all K/V storage."""
@@ -281,6 +298,15 @@ class KVPool:
         for group in self.groups.values():
             group.reserve(request_id, count, _run_length(group, expected_length))
         return True
+
+    def has_run(self, expected_length: int) -> bool:
+        """True if a request of ``expected_length`` tokens would be placed in one run, wherever runs matter."""
+        return all(group.has_run(expected_length) for group in self.groups.values())
+
+    def expect(self, request_id: str, expected_length: int) -> None:
+        """How long a request that holds something will be; 0: it will not grow."""
+        for group in self.groups.values():
+            group.expect(request_id, expected_length)
 
     def holds(self, request_id: str, length: int) -> bool:
         """True if what a query at position ``length`` or later can see is cached, and nothing is reserved."""

@@ -77,6 +77,10 @@ class SlotAllocator:
         length = min(wanted, max(least, longest // 2))
         return (int(starts[best]) + longest - length, length) if length <= longest else None
 
+    def has_run(self, wanted: int) -> bool:
+        """True if ``wanted`` slots in a row are free and promised to nobody."""
+        return bool((_runs(self._free & (self._num_claims == 0))[1] >= wanted).any())
+
     def claim(self, start: int, length: int) -> None:
         """Promise a run."""
         self._num_claims[start : start + length] += 1

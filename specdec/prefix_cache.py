@@ -97,11 +97,29 @@ class PrefixCache:
         self._num_names += 1
         name = f"\0kept-{self._num_names}"  # no request of a user has such a name
         self._pool.rename(state.request_id, name)
+        self._pool.expect(name, 0)
         self._kept[name] = _Kept(name, tenant, token_ids)
 
     def forget(self, request_id: str) -> None:
         """A request lost its K/V without being over."""
         self._live.pop(request_id, None)
+
+    def make_room(self, expected_length: int, *, spare: str | None = None) -> None:
+        """Drop beginnings until a newcomer gets a run of slots of its own, over which attention on a CPU is fast.
+
+        Gives up when twice its length was dropped in vain: then it is running requests that leave no run.
+
+        Args:
+            expected_length: tokens that the newcomer is likely to need.
+            spare: a beginning to keep; the most recently used one.
+        """
+        num_left = 2 * expected_length
+        while self._kept and num_left > 0 and not self._pool.has_run(expected_length):
+            oldest = next(iter(self._kept.values()))
+            if oldest.name == spare:
+                return
+            num_left -= len(oldest.token_ids)
+            self._drop(oldest.name)
 
     def drop_oldest(self) -> bool:
         """Free the room of the least recently used beginning; False if there is none."""
@@ -136,19 +154,17 @@ class PrefixCache:
         """Move in or copy; False if the source is a running request and there is no room for a copy."""
         kept = self._kept.get(source)
         if kept is None:
-            while not self._pool.copy_prefix(source, request_id, length, expected_length):
-                if not self.drop_oldest():
-                    return False
-            return True
+            self.make_room(expected_length)
+            return self._pool.copy_prefix(source, request_id, length, expected_length)
         self._kept.move_to_end(source)
         if length < len(kept.token_ids):  # others may want what this request does not
-            while len(self._kept) > 1 and self._pool.num_free < expected_length:
-                self.drop_oldest()
+            self.make_room(expected_length, spare=source)
             if self._pool.copy_prefix(source, request_id, length, expected_length):
                 return True
         del self._kept[source]
         self._pool.rename(source, request_id)
         self._pool.cut(request_id, length)
+        self._pool.expect(request_id, expected_length)
         return True
 
 

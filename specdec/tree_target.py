@@ -175,9 +175,8 @@ class TreeTarget:
 
     def reserve(self, state: RequestState, num_tokens: int) -> bool:
         expected = self._expected_length(state)
-        if self.prefixes and not state.num_cached:  # a newcomer should find a run that is long enough
-            while self.pool.num_free < expected and self.prefixes.drop_oldest():
-                pass
+        if self.prefixes and state.request_id not in self.pool:
+            self.prefixes.make_room(expected)
         while not self.pool.reserve(state.request_id, num_tokens, expected):
             if not (self.prefixes and self.prefixes.drop_oldest()):
                 return False

@@ -166,6 +166,11 @@ class PoolMachine(RuleBasedStateMachine):
             self.requests[to] = self.requests.pop(source)
 
     @precondition(lambda self: self.requests)
+    @rule(data=st.data(), expected=st.integers(0, 60))
+    def expect(self, data: st.DataObject, expected: int) -> None:
+        self.pool.expect(data.draw(st.sampled_from(sorted(self.requests))), expected)
+
+    @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def cut(self, data: st.DataObject) -> None:
         request = data.draw(st.sampled_from(sorted(self.requests)))

@@ -169,3 +169,21 @@ def test_a_cancelled_request_leaves_what_was_committed(llama: PreTrainedModel) -
         engine.cancel("long")
         state = answers(engine, [ask("again", prompt)])["again"]
     assert state.num_recalled == 24
+
+
+def test_newcomers_get_runs_of_their_own_in_a_pool_full_of_kept_text(llama: PreTrainedModel) -> None:
+    with make_engine(llama, kv_tokens=1200, max_batch_size=2) as engine:
+        groups = engine.target.pool.groups.values()  # type: ignore[attr-defined]
+        for turn in range(30):
+            for index in range(2):
+                engine.submit(ask(f"r{index}", some_tokens(2 * turn + index, 20 + turn), tokens=10))
+            while engine.has_work:
+                engine.step()
+                live = [
+                    group.tables[state.request_id]
+                    for group in groups
+                    for state in engine.scheduler.running
+                    if state.request_id in group.tables
+                ]
+                assert all(table.is_run for table in live)
+        assert len(prefixes_of(engine)) > 2

@@ -63,10 +63,22 @@ def test_a_client_that_goes_away_is_not_served_to_the_end(live: Live, stream: bo
     assert live.post("/v1/completions", LONG).status_code == 200
 
 
+def read_slowly(line: socket.socket) -> bytes:
+    """A whole stream in small pieces with pauses between them."""
+    got = b""
+    with line:
+        while not got.endswith(b"\r\n0\r\n\r\n"):
+            piece = line.recv(400)
+            assert piece, got[-200:]
+            got += piece
+            sleep(0.001)
+    return got
+
+
 def hammer(live: Live | Address, count: int) -> None:
     """Requests of every kind, many of which are cut off, malformed or far too large."""
     dice = random.Random(count)
-    kinds = [dice.choice(["whole", "stream", "cut", "garbage", "huge", "refused"]) for _ in range(count)]
+    kinds = [dice.choice(["whole", "stream", "cut", "garbage", "huge", "refused", "slow"]) for _ in range(count)]
     expected = live.post("/v1/completions", LONG).json()["choices"][0]["text"]
 
     def one(kind: str, number: int) -> None:
@@ -74,6 +86,8 @@ def hammer(live: Live | Address, count: int) -> None:
             line = raw_request(live, LONG | {"stream": bool(number % 2), "n": 1 + number % 3})
             sleep(number % 7 / 200)
             line.close()
+        elif kind == "slow":
+            assert read_slowly(raw_request(live, LONG | {"stream": True})).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
         elif kind == "garbage":
             answer = httpx.post(live.url + "/v1/chat/completions", content=b'{"messages": [' * (number % 5), timeout=60)
             assert answer.status_code == 400

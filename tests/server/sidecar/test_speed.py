@@ -218,13 +218,16 @@ def test_requests_whose_law_a_continuation_would_change_pass_as_they_are(more):
 
 def test_branches_that_fail_never_close_the_door_to_clients():
     async def ask(url, up, sidecar):
-        got = [await exchange(url, asking()) for _ in range(3)]
+        got = []
+        # How many branches a stream opens is a matter of timing; six in a row of clients' own would close the door.
+        while len(got) < 3 or (counts(sidecar).get("failed", 0) < 6 and len(got) < 60):
+            got.append(await exchange(url, asking()))
         return got, sidecar
 
-    server = Reciter(step_s=0.001, traps=dict.fromkeys(range(1, 100), "hang up"))
+    server = Reciter(step_s=0.001, traps=dict.fromkeys(range(1, 1000), "hang up"))
     got, sidecar = accelerated(server, ask, known=ANSWER)
-    assert counts(sidecar)["failed"] + counts(sidecar).get("late", 0) >= 6  # five in a row of clients' own would do
-    assert [one.status for one in got] == [200] * 3
+    assert counts(sidecar)["failed"] >= 6
+    assert {one.status for one in got} == {200}
     assert sidecar.upstream.breaker.state == "closed"
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -51,7 +49,7 @@ def test_help_page_is_what_the_commands_say():
 
 
 @pytest.mark.parametrize("command", [None, *command_names()])
-def test_help_is_quick_and_loads_nothing_heavy(command: str | None):
+def test_help_loads_nothing_heavy(command: str | None):
     code = f"""
 import sys
 from specdec.cli import app
@@ -61,12 +59,8 @@ except SystemExit as end:
     assert not end.code
 print("loaded:", *(name for name in ("torch", "numba", "transformers", "fastapi") if name in sys.modules))
 """
-    begin = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    seconds = time.perf_counter() - begin
     assert done.stdout.splitlines()[-1].split() == ["loaded:"]
-    # 0.3 s on an idle machine; the bound allows for a busy one and still catches an import of torch (2 s and more).
-    assert seconds < 2 or os.getloadavg()[0] > 2, f"--help took {seconds:.1f} s"
 
 
 if __name__ == "__main__":

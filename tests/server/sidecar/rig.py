@@ -26,6 +26,7 @@ __all__ = [
     "piece",
     "request",
     "sse",
+    "until",
     "upstream",
 ]
 
@@ -176,6 +177,17 @@ def piece(data: bytes) -> bytes:
 
 def sse(value: Any) -> bytes:
     return b"data: " + (value if isinstance(value, str) else json.dumps(value)).encode() + b"\n\n"
+
+
+async def until(happened: Callable[[], object], seconds: float = 30.0) -> None:
+    """Wait for something that takes as long as the machine needs.
+
+    Raises:
+        TimeoutError: it never happened.
+    """
+    async with asyncio.timeout(seconds):
+        while not happened():
+            await asyncio.sleep(0.002)
 
 
 def free_port() -> int:

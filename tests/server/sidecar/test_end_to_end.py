@@ -10,16 +10,15 @@ import openai
 import pytest
 
 from specdec.server.sidecar.app import Sidecar
-from specdec.server.sidecar.gates import BudgetOptions
 from specdec.server.sidecar.options import RelayOptions
 from specdec.server.sidecar.plan import PlanOptions
 from specdec.server.sidecar.service import SpeedOptions
 from specdec.server.sidecar.tokens import Tokens
 from tests.server.live import running, service, tokenizer
+from tests.server.sidecar.recital import ROOMY, counts, steady
 from tests.server.sidecar.rig import exchange, front, request
 
 EAGER = PlanOptions(max_branches=2, max_draft=48, min_segment=4, min_probability=0.05, min_gain_s=0.0)
-ROOMY = BudgetOptions(ratio=10.0, burst=100_000, max_branches=64, max_branches_per_tenant=64)
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +34,13 @@ def through(plain, raws, *, mode="grid"):
         speed = SpeedOptions(mode=mode, plan=EAGER, budget=ROOMY, is_single_tenant=True)
         sidecar = Sidecar(RelayOptions(plain.url), speed, tokens=Tokens(tokenizer()))
         async with front(sidecar) as url:
-            sidecar.speed.shop.timing.open_s = 0.0
+            steady(sidecar, open_s=0.0)
             pairs = [(await exchange(plain.url, raw), await exchange(url, raw)) for raw in raws]
+            for _ in range(60):  # whether a branch is open in time is the machine's matter: until one was
+                if counts(sidecar).get("adopted"):
+                    break
+                pairs.append((pairs[0][0], await exchange(url, raws[0])))
+            pairs.append((await exchange(plain.url, raws[-1]), await exchange(url, raws[-1])))
             health = json.loads((await exchange(url, request(method="GET", target="/health"))).body)
         return pairs, sidecar, health
 
@@ -56,11 +60,6 @@ def asking(**more):
     return request(body, target=target, headers=("Content-Type: application/json",))
 
 
-def adopted(sidecar):
-    samples = next(iter(sidecar.metrics.attempts.collect())).samples
-    return sum(s.value for s in samples if s.name.endswith("_total") and s.labels["result"] == "adopted")
-
-
 def test_the_real_server_is_recognised_and_its_texts_stay_what_they_are(plain):
     usage = {"stream_options": {"include_usage": True}}
     raws = [
@@ -77,11 +76,11 @@ def test_the_real_server_is_recognised_and_its_texts_stay_what_they_are(plain):
     for direct, got in pairs:
         assert text_of(got) == text_of(direct)
         assert b"token_ids" not in got.body
-    assert adopted(sidecar) >= 1, health["speed"]
+    assert counts(sidecar).get("adopted"), health["speed"]
     last = [json.loads(event) for event in pairs[-1][1].body.split(b"data: ")[1:-1]][-1]
     direct = [json.loads(event) for event in pairs[-1][0].body.split(b"data: ")[1:-1]][-1]
-    counts = ("prompt_tokens", "completion_tokens", "total_tokens")
-    assert [last["usage"][name] for name in counts] == [direct["usage"][name] for name in counts]
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    assert [last["usage"][name] for name in names] == [direct["usage"][name] for name in names]
     assert last["usage"]["prompt_tokens_details"]["cached_tokens"] <= last["usage"]["prompt_tokens"]
     plain.wait_idle()
 

@@ -16,8 +16,8 @@ from specdec.server.sidecar.service import SpeedOptions
 from specdec.server.sidecar.tokens import Tokens
 from specdec.suffix_tree.cache import SuffixCache
 from tests.server.live import running, service, tokenizer
+from tests.server.sidecar.recital import ANSWER, Reciter, accelerated, asking, counts, prompt_of
 from tests.server.sidecar.rig import exchange, front, request
-from tests.server.sidecar.test_speed import ANSWER, Reciter, accelerated, asking, counts
 
 CHAT = {"messages": [{"role": "user", "content": "again and again"}], "max_tokens": 40, "temperature": 0}
 
@@ -90,24 +90,22 @@ class Audited(Reciter):
     """Tells scores, and may lie in continuations or change its mind."""
 
     def __init__(self, *, lies=False, gap=1.0, changes=False):
-        super().__init__(step_s=0.001)
+        super().__init__()
         self.lies, self.gap, self.changes, self.count = lies, gap, changes, 0
 
     async def __call__(self, asked, writer):
-        body = asked.json if asked.method == "POST" else {}
-        if body.get("logprobs") == 2:
+        if asked.method == "POST" and asked.json.get("logprobs") == 2:
             top = [{"a": -0.1, "b": -0.1 - self.gap}]
             return self.whole(writer, {"choices": [{"logprobs": {"top_logprobs": top}}]})
-        truth = self.answer
-        if self.lies and isinstance(body.get("prompt"), list) and len(body["prompt"]) > 8 and body["max_tokens"] > 8:
-            self.answer = truth[: len(body["prompt"])] + [9] * 200
-        elif self.changes and body.get("max_tokens") == len(ANSWER):
+        return await super().__call__(asked, writer)
+
+    def text(self, body, done):
+        if self.lies and done and body["max_tokens"] > 8:
+            return ANSWER[: len(prompt_of(body))] + [9] * 200
+        if self.changes and body["max_tokens"] == len(ANSWER):
             self.count += 1
-            self.answer = truth[:110] + [self.count % 3] * 10
-        try:
-            return await super().__call__(asked, writer)
-        finally:
-            self.answer = truth
+            return ANSWER[:110] + [self.count % 3] * 10
+        return super().text(body, done)
 
 
 def verdicts(server):

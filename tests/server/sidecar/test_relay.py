@@ -14,7 +14,7 @@ from specdec.errors import ConfigError
 from specdec.server.sidecar.app import Sidecar
 from specdec.server.sidecar.breaker import CircuitBreaker
 from specdec.server.sidecar.options import RelayOptions, Timeouts, upstream_base
-from tests.server.sidecar.rig import chunked, exchange, free_port, front, piece, request, sse, upstream
+from tests.server.sidecar.rig import chunked, exchange, free_port, front, piece, request, sse, until, upstream
 
 STREAM = ("Content-Type: text/event-stream", "X-Own: é", "Set-Cookie: a=1", "Set-Cookie: b=2", "Connection: X-Hop",
           "X-Hop: 1")  # fmt: skip
@@ -138,12 +138,12 @@ def test_a_stream_without_done_ends_as_it_ended_and_one_that_breaks_breaks():
 
 
 def test_a_request_that_takes_too_long_is_cut_or_refused():
-    slow = answering(*[b"x"] * 50, pause=0.05)
-    got, *_ = run(slow, one(request({})), timeouts=Timeouts(total_s=0.4))
+    slow = answering(b"x", b"y", pause=60)
+    got, *_ = run(slow, one(request({})), timeouts=Timeouts(total_s=1.0))
     assert not got.is_whole
 
     async def silent(asked, writer):
-        await asyncio.sleep(5)
+        await asyncio.sleep(60)
 
     got, up, _ = run(silent, one(request({})), timeouts=Timeouts(first_byte_s=0.2))
     assert got.status == 504
@@ -201,13 +201,10 @@ def test_errors_and_redirects_are_the_upstreams_own():
 def test_a_client_that_goes_away_takes_its_upstream_request_with_it():
     async def ask(url, up, sidecar):
         await exchange(url, request({}), stop_after=1)
-        for _ in range(100):
-            await asyncio.sleep(0.01)
-            if not up.alive and not sidecar.num_in_flight:
-                break
+        await until(lambda: not up.alive and not sidecar.num_in_flight)
         return up, sidecar
 
-    up, sidecar = run(answering(*[b"x"] * 500, pause=0.02), ask)
+    up, sidecar = run(answering(b"x", b"y", pause=60), ask)
     assert (up.alive, up.dropped, sidecar.num_in_flight) == (0, 1, 0)
 
     async def never(asked, writer):
@@ -215,14 +212,13 @@ def test_a_client_that_goes_away_takes_its_upstream_request_with_it():
 
     async def hang_up_early(url, up, sidecar):
         task = asyncio.ensure_future(exchange(url, request({})))
-        await asyncio.sleep(0.1)
-        assert up.alive == 1
+        await until(lambda: up.alive)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await asyncio.sleep(0.2)
+        await until(lambda: not up.alive)
         return up
 
-    assert run(never, hang_up_early).alive == 0
+    assert run(never, hang_up_early).dropped == 1
 
 
 def test_a_slow_client_holds_the_upstream_back():
@@ -261,7 +257,7 @@ def test_an_upstream_that_is_down_opens_the_breaker():
 
     answers, health, ready, metrics = asyncio.run(main())
     assert [got.status for got in answers] == [502, 502, 503]
-    assert 28 <= int(dict(answers[2].headers)["Retry-After"]) <= 30
+    assert 1 <= int(dict(answers[2].headers)["Retry-After"]) <= 30
     assert json.loads(answers[2].body)["error"]["type"] == "upstream_error"
     assert (health["status"], health["upstream"]["circuit"], ready.status) == ("degraded", "open", 503)
     assert "sidecar_circuit_state 2.0" in metrics
@@ -291,12 +287,13 @@ def test_the_breaker_lets_one_request_try():
 def test_more_requests_than_allowed_are_refused_and_large_bodies_too():
     async def ask(url, up, sidecar):
         first = asyncio.ensure_future(exchange(url, request({})))
-        await asyncio.sleep(0.1)
+        await until(lambda: up.alive)
         second = await exchange(url, request({}))
-        await first
+        first.cancel()
+        await until(lambda: not sidecar.num_in_flight)
         return second, await exchange(url, request(b"x" * 2000))
 
-    second, large = run(answering(*[b"x"] * 10, pause=0.05), ask, max_in_flight=1, max_body_bytes=1000)
+    second, large = run(answering(b"x", pause=60), ask, max_in_flight=1, max_body_bytes=1000)
     assert (second.status, large.status) == (429, 413)
 
 

@@ -82,7 +82,7 @@ class Recital:
         self.server.streams.pop(self, None)
 
 
-def simulated(num_clients, *, speculates, seconds=40.0, **gating):
+def simulated(num_clients, *, speculates, seconds=25.0, **gating):
     """Latencies of answers, and when branches were opened."""
 
     async def main():

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from specdec.bench.gpu_clock import Clock
 from specdec.kernels.kv_commit import kv_commit
+from specdec.kernels.node_laws import Law, NodeLaws
 from specdec.kernels.top_k import top_k
 from specdec.kernels.tree_attention import AttentionKind, tree_attention
 from specdec.kernels.tree_batch import TreeBatch, ancestor_words, path_table
@@ -139,13 +140,23 @@ def verify(
     parents = torch.arange(-1, num_nodes - 1, dtype=torch.int32, device=device).repeat(num_trees)
     starts = torch.arange(num_trees + 1, dtype=torch.int32, device=device) * num_nodes
     token_ids = torch.randint(0, vocab_size, (num_rows,), dtype=torch.int32, device=device)
-    seeds = torch.arange(num_trees, device=device).repeat_interleave(num_nodes)
-    positions = torch.arange(num_nodes, device=device).repeat(num_trees) + 2000
+    positions = np.tile(np.arange(num_nodes), num_trees) + 2000
+    seen = torch.arange(vocab_size, device=device) % 7 == 0
+    kinds = {
+        "greedy": Law(),
+        "sampled": Law(1, temperature=0.8),
+        "top-k, top-p": Law(1, temperature=0.8, top_k=min(20, vocab_size), tail=0.1),
+        "penalties": Law(1, repetition=1.1, seen=seen, frequency=0.2, presence=0.1, counts=seen.float()),
+    }
     read_ms = logits.nbytes / read_gb_per_s / 1e6
     row: dict[str, Any] = {"trees": num_trees, "nodes": num_nodes, "vocabulary": vocab_size, "read_ms": read_ms}
-    for name, temperature in (("greedy", 0.0), ("sampled", 0.8)):
-        temperatures = torch.full((num_rows,), temperature, device=device)
-        arguments = (logits, token_ids, parents, starts, temperatures, seeds, positions)
+    flat_parents = (parents + (starts[:-1].repeat_interleave(num_nodes)) * (parents >= 0)).cpu().numpy()
+    for name, law in kinds.items():
+        laws = NodeLaws(
+            [law] * num_trees, [num_nodes] * num_trees, positions, vocab_size, device,
+            token_ids=token_ids.cpu().numpy(), parents=flat_parents,
+        )  # fmt: skip
+        arguments = (logits, token_ids, parents, starts, laws)
         ms = clock.median(lambda arguments=arguments: verify_trees(*arguments, backend="triton"))  # type: ignore[misc]
         row[name] = {"ms": ms, "times_reading": ms / read_ms}
     ms = clock.median(lambda: top_k(logits, min(16, vocab_size), backend="triton"))

@@ -31,6 +31,7 @@ from specdec.kernels import (
     top_k,
     tree_attention,
     tree_attention_triton,
+    truncation,
     verify,
 )
 from specdec.kernels.distillation_reference import LOSSES
@@ -116,13 +117,7 @@ def _attention() -> Iterator[Variant]:
 
 
 def _others() -> Iterator[Variant]:
-    draw = {"SPLIT": verify._SPLIT, "BLOCK": verify._BLOCK, "RECIPROCAL": True}
-    for name in ("bf16", "fp32"):
-        types = _types(
-            verify._draw, draw,
-            {"Logits": "*" + name, "Temperatures": "*fp32", "Seeds": "*i64", "Positions": "*i64", "Best": "*fp32"},
-        )  # fmt: skip
-        yield Variant(f"verify, draw, {name}", verify._draw, types, draw, {"num_warps": 4, "enable_fp_fusion": False})
+    yield from _verify()
     splits = {"SPLITS": 32}
     yield Variant(
         "verify, merge", verify._reduce, _types(verify._reduce, splits, {"Best": "*fp32"}), splits, {"num_warps": 1}
@@ -157,6 +152,26 @@ def _others() -> Iterator[Variant]:
         pointers = {"Student": "*bf16", "Teacher": "*bf16", "Losses": "*fp32", "Gradient": "*bf16"}
         types = _types(distillation._distill, constants, pointers)
         yield Variant(f"distillation, {loss}", distillation._distill, types, constants, {"num_warps": 8})
+
+
+def _verify() -> Iterator[Variant]:
+    laws = {"Nodes": "*i64", "Numbers": "*fp64", "Addresses": "*i64", "Floors": "*fp32", "Totals": "*i64"}
+    for name, flags in (
+        ("bf16", {"TABLES": False, "FLOORS": False}),
+        ("fp32", {"TABLES": False, "FLOORS": False}),
+        ("bf16, penalties, top-p", {"TABLES": True, "FLOORS": True}),
+    ):
+        draw = {"SPLIT": verify._SPLIT, "BLOCK": verify._BLOCK, "RECIPROCAL": True, **flags}
+        types = _types(verify._draw, draw, {**laws, "Logits": "*" + name[:4], "Best": "*fp32"})
+        yield Variant(f"verify, draw, {name}", verify._draw, types, draw, {"num_warps": 4, "enable_fp_fusion": False})
+    for name, kernel in (("floors", truncation.find_floors), ("nucleus", truncation.keep_in_nucleus)):
+        for has_tables in (False, True):
+            constants = {"BLOCK": verify._ROW_BLOCK, "TABLES": has_tables, "RECIPROCAL": True}
+            yield Variant(
+                f"verify, {name}{', penalties' if has_tables else ''}", kernel,
+                _types(kernel, constants, {**laws, "Logits": "*bf16"}), constants,
+                {"num_warps": 8, "enable_fp_fusion": False},
+            )  # fmt: skip
 
 
 def _types(kernel: Any, constants: dict[str, Any], known: dict[str, str]) -> dict[str, str]:

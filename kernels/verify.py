@@ -1,51 +1,42 @@
 """The match rule on the device: the target's token at every node of every tree, and the path that it confirms.
 
-Whatever the batch, one launch goes over the logits once and draws every node's token: the argmax of
-``logits / temperature + Gumbel noise`` with the noise of ``specdec.rng``, bit for bit, or of the logits where the
-temperature is 0. The noise of a block is computed only where a bound of it could still win, as on the CPU: its
-logarithms are in float64. A second launch merges, a third walks. Nothing of size [T, V] is written, nothing goes to the
-host.
+Whatever the batch, one launch goes over the logits once and draws every node's token: the argmax of the processed
+scores plus the noise of ``specdec.rng``, bit for bit, or of the scores alone where a request is greedy. A second launch
+merges, a third walks. Where a request truncates (top-k, top-p, min-p), two more look at its rows before and after; see
+``specdec.kernels.truncation``. Nothing of size [T, V] is written, nothing goes to the host.
 
-Processors other than the temperature are applied to the logits before.
+Which processors are fused is said in ``specdec.kernels.node_laws``; others are applied to the logits before.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from specdec.kernels.keyed_noise import add_noise, noise_reference
 from specdec.kernels.launch import Backend, check_tensor, uses_triton
-from specdec.philox import UNIT, log_torch, philox_torch
+from specdec.kernels.node_laws import NUM_FIELDS, NodeLaws, scores_reference
+from specdec.kernels.node_scores import node_scores
+from specdec.kernels.truncation import find_floors, keep_in_nucleus
 
 __all__ = ["draw_tokens", "draw_tokens_reference", "verify_trees", "verify_trees_reference"]
 
 _SPLIT = 8192  # logits of one program
 _BLOCK = 1024
+_ROW_BLOCK = 4096  # of the kernels with one program for a row; at least MAX_TOP_K
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# As in specdec.philox: an upper bound of the noise from the leading bits of its word.
-_BOUND_SLOPE = tl.constexpr(math.log(2) * 2.0**-23)
-_BOUND_OFFSET = tl.constexpr(math.log(2) * (32 + 127) + 1e-3)
-_UNIT = tl.constexpr(UNIT)
-_SQRT_HALF_BITS = tl.constexpr(0x3FE6A09E667F3BCD)
-_LN2_HIGH = tl.constexpr(float.fromhex("0x1.62e42fee00000p-1"))
-_LN2_LOW = tl.constexpr(float.fromhex("0x1.a39ef35793c76p-33"))
 _NEVER = tl.constexpr(2147483647)
+_FIELDS = tl.constexpr(NUM_FIELDS)
 
 
-def draw_tokens(
-    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, *, backend: Backend = "auto"
-) -> Tensor:
+def draw_tokens(logits: Tensor, laws: NodeLaws, *, backend: Backend = "auto") -> Tensor:
     """The target's token after every node, with the bits of ``specdec.rng.gumbel_argmax``.
 
     Args:
-        logits: [T, V]: row i is the law of the token after node i.
-        temperatures: [T] float32, of each node's request; 0: greedy.
-        seeds: [T] int64, of each node's request: the bits of a seed in [0, 2^64).
-        positions: [T] int64: absolute position of the token that is drawn after the node.
+        logits: [L, V]: ``laws`` says which row is the law of the token after which node.
+        laws: of T nodes.
         backend: see ``uses_triton``.
 
     Returns:
@@ -54,25 +45,34 @@ def draw_tokens(
     Raises:
         ValueError: a shape, dtype or device breaks its rule.
     """
-    device = logits.device
-    check_tensor("logits", logits, (None, None), _FLOATS, device)
-    num_nodes, vocab_size = logits.shape
-    check_tensor("temperatures", temperatures, (num_nodes,), (torch.float32,), device)
-    for name, tensor in (("seeds", seeds), ("positions", positions)):
-        check_tensor(name, tensor, (num_nodes,), (torch.int64,), device)
+    device, num_nodes, vocab_size = logits.device, laws.num_nodes, laws.vocab_size
+    check_tensor("logits", logits, (None, vocab_size), _FLOATS, device)
+    check_tensor("laws", laws.nodes, (6, num_nodes), (torch.int64,), device)
     if not uses_triton(backend, device):
-        return draw_tokens_reference(logits, temperatures, seeds, positions)
+        return draw_tokens_reference(logits, laws)
     splits = triton.cdiv(vocab_size, _SPLIT)
     best = torch.empty(num_nodes, splits, dtype=torch.float32, device=device)
     where = torch.empty(num_nodes, splits, dtype=torch.int32, device=device)
     target_ids = torch.empty(num_nodes, dtype=torch.int32, device=device)
-    if num_nodes:
-        # Without fused multiply-add: the noise must have the same bits everywhere.
-        _draw[(num_nodes, splits)](
-            logits, temperatures, seeds, positions, best, where, vocab_size, logits.stride(0), splits,
-            SPLIT=_SPLIT, BLOCK=_BLOCK, RECIPROCAL=_multiplies(device), num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-        _reduce[(num_nodes,)](best, where, target_ids, splits, SPLITS=triton.next_power_of_2(splits), num_warps=1)
+    if not num_nodes:
+        return target_ids
+    tables = logits, laws.nodes, laws.numbers, laws.addresses
+    shape = num_nodes, vocab_size, logits.stride(0)
+    # Without fused multiply-add: noise and penalties must have the same bits everywhere.
+    flags = {"TABLES": laws.has_tables, "RECIPROCAL": _multiplies(device), "enable_fp_fusion": False}
+    floors = torch.empty(3 if laws.truncates else 0, num_nodes, dtype=torch.float32, device=device)
+    totals = torch.empty(num_nodes if laws.has_tails else 0, dtype=torch.int64, device=device)
+    if laws.truncates:
+        find_floors[(num_nodes,)](*tables, floors, totals, *shape, BLOCK=_ROW_BLOCK, num_warps=8, **flags)
+    _draw[(num_nodes, splits)](
+        *tables, floors, best, where, *shape, splits,
+        SPLIT=_SPLIT, BLOCK=_BLOCK, FLOORS=laws.truncates, num_warps=4, **flags,
+    )  # fmt: skip
+    _reduce[(num_nodes,)](best, where, target_ids, splits, SPLITS=triton.next_power_of_2(splits), num_warps=1)
+    if laws.has_tails:
+        keep_in_nucleus[(num_nodes,)](
+            *tables, floors, totals, target_ids, *shape, BLOCK=_ROW_BLOCK, num_warps=8, **flags
+        )
     return target_ids
 
 
@@ -81,26 +81,15 @@ def _multiplies(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def draw_tokens_reference(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """The same in torch: all noise at once."""
-    scores = logits.float()
-    sampled = temperatures > 0
-    divisor = torch.where(sampled, temperatures, 1.0)[:, None]
-    scores = scores * divisor.reciprocal() if _multiplies(logits.device) else scores / divisor
-    noise = _noise(seeds, positions, logits.shape[1])
-    return torch.where(sampled[:, None], scores + noise, scores).argmax(-1).to(torch.int32)
+def draw_tokens_reference(logits: Tensor, laws: NodeLaws) -> Tensor:
+    """The same in torch: all scores and all noise at once."""
+    scores, is_drawn = scores_reference(logits, laws, multiplies=_multiplies(logits.device))
+    noise = noise_reference(laws.nodes[1], laws.nodes[2], laws.vocab_size)
+    return torch.where(is_drawn[:, None], scores + noise, scores).argmax(-1).to(torch.int32)
 
 
 def verify_trees(
-    logits: Tensor,
-    token_ids: Tensor,
-    parents: Tensor,
-    cu_nodes: Tensor,
-    temperatures: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    *,
-    backend: Backend = "auto",
+    logits: Tensor, token_ids: Tensor, parents: Tensor, cu_nodes: Tensor, laws: NodeLaws, *, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw the target's token at every node and keep of each tree the path that it confirms.
 
@@ -109,9 +98,7 @@ def verify_trees(
         token_ids: [T] int32: the trees one after the other, root first.
         parents: [T] int32: within the node's own tree, less than the node's own index; -1 for roots.
         cu_nodes: [R + 1] int32 with a leading zero.
-        temperatures: [T] float32, of each node's request; 0: greedy.
-        seeds: [T] int64, of each node's request: the bits of a seed in [0, 2^64).
-        positions: [T] int64: absolute position of the token that is drawn after the node.
+        laws: of the T nodes.
         backend: see ``uses_triton``.
 
     Returns:
@@ -121,14 +108,13 @@ def verify_trees(
         ValueError: a shape, dtype or device breaks its rule.
     """
     device = logits.device
-    check_tensor("logits", logits, (None, None), _FLOATS, device)
-    num_nodes = len(logits)
+    num_nodes = laws.num_nodes
     for name, tensor in (("token_ids", token_ids), ("parents", parents)):
         check_tensor(name, tensor, (num_nodes,), (torch.int32,), device)
     check_tensor("cu_nodes", cu_nodes, (None,), (torch.int32,), device)
     if not uses_triton(backend, device):
-        return verify_trees_reference(logits, token_ids, parents, cu_nodes, temperatures, seeds, positions)
-    target_ids = draw_tokens(logits, temperatures, seeds, positions, backend=backend)
+        return verify_trees_reference(logits, token_ids, parents, cu_nodes, laws)
+    target_ids = draw_tokens(logits, laws, backend=backend)
     num_trees = len(cu_nodes) - 1
     kept = torch.zeros(num_nodes, dtype=torch.int8, device=device)
     num_accepted, bonus_ids = (torch.empty(num_trees, dtype=torch.int32, device=device) for _ in range(2))
@@ -138,16 +124,10 @@ def verify_trees(
 
 
 def verify_trees_reference(
-    logits: Tensor,
-    token_ids: Tensor,
-    parents: Tensor,
-    cu_nodes: Tensor,
-    temperatures: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
+    logits: Tensor, token_ids: Tensor, parents: Tensor, cu_nodes: Tensor, laws: NodeLaws
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same in torch, with a walk on the host."""
-    target_ids = draw_tokens_reference(logits, temperatures, seeds, positions)
+    target_ids = draw_tokens_reference(logits, laws)
     wanted_ids, ids, above = target_ids.tolist(), token_ids.tolist(), parents.tolist()
     kept = torch.zeros(len(ids), dtype=torch.int8)
     counts, bonus = [], []
@@ -165,73 +145,26 @@ def verify_trees_reference(
     return target_ids, kept.to(logits.device), num_accepted, bonus_ids
 
 
-def _noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """[T, V] float32: ``specdec.rng.gumbel`` of keys that lie on the device."""
-    mask = 0xFFFFFFFF
-    block = torch.arange((vocab_size + 3) // 4, device=seeds.device)[None]
-    key = (seeds[:, None] & mask, (seeds[:, None] >> 32) & mask)
-    counter = (block, torch.zeros_like(block), positions[:, None] & mask, (positions[:, None] >> 32) & mask)
-    shape = (len(seeds), block.shape[1])
-    words = torch.stack([word.expand(shape) for word in philox_torch(counter, key)], dim=-1).flatten(1)[:, :vocab_size]
-    return log_torch(log_torch(1.0 - (words.to(torch.float64) + 0.5) * UNIT).neg_()).neg_().float()
-
-
-@triton.jit
-def _log(x):  # type: ignore[no-untyped-def]
-    """specdec.philox.log, the same operations in the same order."""
-    bits = x.to(tl.int64, bitcast=True)
-    exponent = (bits - _SQRT_HALF_BITS) >> 52
-    f = (bits - (exponent << 52)).to(tl.float64, bitcast=True) - 1.0
-    s = f / (f + 2.0)
-    z = s * s
-    series = z * (2 / 21) + 2 / 19
-    series = series * z + 2 / 17
-    series = series * z + 2 / 15
-    series = series * z + 2 / 13
-    series = series * z + 2 / 11
-    series = series * z + 2 / 9
-    series = series * z + 2 / 7
-    series = series * z + 2 / 5
-    series = series * z + 2 / 3
-    series = series * z
-    half_square = f * 0.5 * f
-    k = exponent.to(tl.float64)
-    return k * _LN2_HIGH - ((half_square - (s * (half_square + series) + k * _LN2_LOW)) - f)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_nodes"])  # type: ignore[untyped-decorator]
 def _draw(  # type: ignore[no-untyped-def]
-    Logits, Temperatures, Seeds, Positions, Best, Where, vocab_size, stride, splits,
-    SPLIT: tl.constexpr, BLOCK: tl.constexpr, RECIPROCAL: tl.constexpr,
+    Logits, Nodes, Numbers, Addresses, Floors, Best, Where, num_nodes, vocab_size, stride, splits,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, TABLES: tl.constexpr, FLOORS: tl.constexpr, RECIPROCAL: tl.constexpr,
 ):  # fmt: skip
     node, split = tl.program_id(0), tl.program_id(1)
-    temperature = tl.load(Temperatures + node)
-    is_sampled = temperature > 0
-    divisor = tl.where(is_sampled, temperature, 1.0)
-    seed, position = tl.load(Seeds + node), tl.load(Positions + node)
-    place_0 = (position & 0xFFFFFFFF).to(tl.uint32)
-    place_1 = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    law = tl.load(Nodes + 3 * num_nodes + node)
+    is_sampled = tl.load(Numbers + law * _FIELDS + 1) > 0
+    seed, position = tl.load(Nodes + num_nodes + node), tl.load(Nodes + 2 * num_nodes + node)
     best = tl.full([], float("-inf"), tl.float32)
     winner = tl.full([], _NEVER, tl.int32)
     for start in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, vocab_size), BLOCK):
         v = start + tl.arange(0, BLOCK)
-        x = tl.load(Logits + node.to(tl.int64) * stride + v, mask=v < vocab_size, other=float("-inf")).to(tl.float32)
-        if RECIPROCAL:  # noqa: SIM108 -- each branch is compiled alone
-            x = x * tl.math.div_rn(1.0, divisor)
-        else:
-            x = tl.math.div_rn(x, tl.zeros_like(x) + divisor)
+        x = node_scores(
+            Logits, Nodes, Numbers, Addresses, node, start, num_nodes, vocab_size, stride, BLOCK, TABLES, RECIPROCAL
+        )
+        if FLOORS:
+            x = tl.where(x < tl.load(Floors + num_nodes + node), float("-inf"), x)
         if is_sampled:
-            group = (start // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
-            zero = tl.zeros_like(group)
-            w0, w1, w2, w3 = tl.philox(seed, group, zero, zero + place_0, zero + place_1)
-            word = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
-            lead = word.to(tl.float32).to(tl.int32, bitcast=True).to(tl.float32)
-            bound = x + (_BOUND_OFFSET - _BOUND_SLOPE * lead)
-            if tl.max(bound, 0) >= best:
-                unit = 1.0 - (word.to(tl.float64) + 0.5) * _UNIT
-                x = x + (-_log(-_log(unit))).to(tl.float32)
-            else:
-                x = tl.full([BLOCK], float("-inf"), tl.float32)
+            x = add_noise(x, seed, position, start, best, BLOCK)
         top = tl.max(x, 0)
         if (top > best) | (winner == _NEVER):
             winner = tl.min(tl.where(x == top, v, _NEVER), 0)

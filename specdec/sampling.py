@@ -4,9 +4,10 @@ The token at a node is ``argmax(scores)`` (greedy) or ``argmax(scores + gumbel(s
 ``softmax(scores)``. Scores are the logits after the request's processors on the node's true prefix. So the token is a
 function of (logits, prefix, parameters, seed, position) and of nothing else.
 
-With the Triton kernels one launch draws all tokens, and nothing of size [T, V] is made for a request whose processors
-are none or the temperature alone: those are fused. All other processors run before it as torch operations on the
-device. Which way a request goes is a matter of its parameters, never of its neighbours, and both give the same bits.
+With the Triton kernels the tokens of all requests whose processors are fused (``specdec.processors.fused`` says which)
+are drawn together, and nothing of size [T, V] is made for them. The processors of the others run before as torch
+operations on the device. Which way a request goes is a matter of its parameters, never of its neighbours. Both give the
+same tokens, top-p's and min-p's edges apart, where a probability equals the limit up to rounding.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from specdec.errors import InternalError
 from specdec.kernels.launch import Backend, uses_triton
-from specdec.processors import NodeBatch, Op, compile_processors, run
-from specdec.processors.warpers import Temperature
+from specdec.kernels.node_laws import Law, NodeLaws
+from specdec.processors import NodeBatch, Op, compile_processors, fused_law, run
 from specdec.rng import gumbel_argmax
 from specdec.types import DraftTree, IntArray, Request, RequestState, SamplingParams, TargetOutput
 
@@ -30,9 +31,10 @@ __all__ = ["Sampler"]
 class _Live:
     """What the sampler knows of one live request."""
 
-    __slots__ = ("expires_at", "is_plain", "ops", "seed", "temperature")
+    __slots__ = ("expires_at", "is_plain", "law", "ops", "seed", "vocab_size")
 
-    def __init__(self, state: RequestState, ops: list[Op]) -> None:
+    def __init__(self, state: RequestState, ops: list[Op], vocab_size: int | None) -> None:
+        self.vocab_size = vocab_size  # None: no kernel draws
         self.seed = None if state.request.sampling.is_greedy else state.request.sampling.seed  # None: greedy
         self.ops = ops
         self.drop_expired(state.num_tokens)
@@ -42,11 +44,8 @@ class _Live:
         self.ops = [op for op in self.ops if op.expires_at is None or op.expires_at > num_tokens]
         self.expires_at = min((op.expires_at for op in self.ops if op.expires_at is not None), default=None)
         self.is_plain = self.seed is None and not self.ops
-        # What the kernel divides by when it can do all that the processors do, else None.
-        self.temperature: float | None = None
-        scales = [op.value for op in self.ops if isinstance(op, Temperature)]
-        if len(scales) == len(self.ops) <= 1:
-            self.temperature = 0.0 if self.seed is None else scales[0] if scales else 1.0
+        # What the kernel does when it can do all that the processors do, else None.
+        self.law = None if self.vocab_size is None else fused_law(self.ops, self.seed, self.vocab_size)
 
 
 class Sampler:
@@ -81,7 +80,8 @@ class Sampler:
             RequestError: a token id of the parameters is outside [0, V), or a processor is none.
             UnsupportedError: a processor that cannot be applied to a tree; the message names its class.
         """
-        self._live[state.request_id] = _Live(state, compile_processors(state, self.vocab_size, self.device))
+        ops = compile_processors(state, self.vocab_size, self.device)
+        self._live[state.request_id] = _Live(state, ops, self.vocab_size if self.has_kernels else None)
 
     def warmup(self) -> None:
         """Compile, or load from the disk cache, all loops that a request could need, so that none does it in a step."""
@@ -165,38 +165,27 @@ class Sampler:
     def _draw_by_kernel(self, live: Sequence[_Live], nodes: NodeBatch, output: TargetOutput) -> IntArray:
         """[T] int32 on the host, which waits for the device once."""
         self._check(nodes.num_nodes, output)
-        fused = [request for request, one in enumerate(live) if one.temperature is not None]
-        others = [request for request, one in enumerate(live) if one.temperature is None]
+        fused = [request for request, one in enumerate(live) if one.law is not None]
+        others = [request for request, one in enumerate(live) if one.law is None]
         ids = torch.empty(nodes.num_nodes, dtype=torch.int32, device=self.device)
         if fused:
             rows = nodes.rows(fused)
-            ids[rows] = self._launch(
-                output.logits[rows], [live[r].temperature or 0.0 for r in fused], live, nodes, fused
-            )
+            laws = [one.law for one in live if one.law is not None]
+            ids[rows] = self._launch(output.logits[rows], laws, nodes.part(fused))
         if others:
-            rows = nodes.rows(others)
-            some = NodeBatch([nodes.states[r] for r in others], [nodes.trees[r] for r in others], self.device)
+            rows, some = nodes.rows(others), nodes.part(others)
             scores = self._processed(some, TargetOutput(output.logits[rows], np.array([*some.starts], dtype=np.int32)))
-            ids[rows] = self._launch(scores, [float(live[r].seed is not None) for r in others], live, nodes, others)
+            ids[rows] = self._launch(scores, [Law(live[request].seed) for request in others], some)
         return _to_host(ids)
 
-    def _launch(
-        self,
-        scores: Tensor,
-        temperatures: Sequence[float],
-        live: Sequence[_Live],
-        nodes: NodeBatch,
-        requests: Sequence[int],
-    ) -> Tensor:
+    def _launch(self, scores: Tensor, laws: Sequence[Law], nodes: NodeBatch) -> Tensor:
         from specdec.kernels.verify import draw_tokens  # imports Triton, which is not everywhere
 
-        sizes = [nodes.sizes[request] for request in requests]
-        seeds = np.array([live[request].seed or 0 for request in requests], dtype=np.uint64).view(np.int64)
-        lengths = np.concatenate([nodes.prefix_lengths[nodes.span(request)] for request in requests])
-        keys = torch.from_numpy(np.stack([np.repeat(seeds, sizes), lengths]))
-        factors = torch.from_numpy(np.repeat(np.array(temperatures, dtype=np.float32), sizes))
-        keys, factors = keys.to(self.device), factors.to(self.device)
-        return draw_tokens(scores, factors, keys[0], keys[1], backend="triton")
+        of_nodes = NodeLaws(
+            laws, nodes.sizes, nodes.prefix_lengths, self.vocab_size, self.device,
+            token_ids=nodes.token_ids, parents=nodes.parent_rows,
+        )  # fmt: skip
+        return draw_tokens(scores, of_nodes, backend="triton")
 
     def _processed(self, nodes: NodeBatch, output: TargetOutput) -> Tensor:
         self._check(nodes.num_nodes, output)

@@ -127,7 +127,7 @@ def test_the_engine_s_tokens_are_those_of_torch():
 
 def test_fused_or_not_a_request_draws_the_same_tokens_in_any_company():
     rng = np.random.default_rng(3)
-    kinds = [*PARAMS, SamplingParams(temperature=0.5, top_k=5, seed=9), SamplingParams(logit_bias={3: 2.0})]
+    kinds = [*PARAMS, SamplingParams(temperature=0.5, top_k=5, seed=9), SamplingParams(suppress_tokens=(3,))]
     states = [
         RequestState(Request(str(i), rng.integers(0, 50, 4).astype(np.int32), kind)) for i, kind in enumerate(kinds)
     ]
@@ -141,8 +141,7 @@ def test_fused_or_not_a_request_draws_the_same_tokens_in_any_company():
             sampler.start(state)
         found[kernels] = sampler.target_ids(states, trees, TargetOutput(logits, cu_nodes))
     assert np.array_equal(found["torch"], found["triton"])
-    # Temperature and nothing: fused. Everything else: not.
-    assert [sampler._live[state.request_id].temperature for state in states] == [0.0, 0.7, None, None, None]
+    assert [sampler._live[state.request_id].law is None for state in states] == [False, False, False, False, True]
     wide = TargetOutput(logits.double(), cu_nodes)  # not for the kernel
     assert np.array_equal(sampler.target_ids(states, trees, wide), found["torch"])
     for row, (state, tree) in enumerate(zip(states, trees, strict=True)):

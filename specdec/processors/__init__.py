@@ -2,7 +2,8 @@
 
 from specdec.processors.base import Op, PerNode, run
 from specdec.processors.compile import compile_processors
+from specdec.processors.fused import fused_law
 from specdec.processors.nodes import NodeBatch
 from specdec.processors.objects import OutputPenaltyLogitsProcessor
 
-__all__ = ["NodeBatch", "Op", "OutputPenaltyLogitsProcessor", "PerNode", "compile_processors", "run"]
+__all__ = ["NodeBatch", "Op", "OutputPenaltyLogitsProcessor", "PerNode", "compile_processors", "fused_law", "run"]

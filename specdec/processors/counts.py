@@ -43,6 +43,11 @@ class _SeenTokens(Op):
         else:
             self._seen[torch.from_numpy(ids).to(self._seen.device)] = True
 
+    @property
+    def seen_table(self) -> Tensor:
+        """[V] bool: the committed tokens; it follows them."""
+        return self._seen
+
     @staticmethod
     def seen(ops: Sequence[_SeenTokens], requests: Sequence[int], nodes: NodeBatch) -> Tensor:
         """[n, V] bool: for each row of ``requests``, the tokens in its prefix."""
@@ -75,12 +80,12 @@ class RepetitionPenalty(_SeenTokens):
     Source: Keskar et al., "CTRL", 2019, section 4.1; the rule for negative scores is that of transformers.
     """
 
-    __slots__ = ("_penalty",)
+    __slots__ = ("penalty",)
     rank = 10
 
     def __init__(self, penalty: float, seen_ids: IntArray, vocab_size: int, device: torch.device) -> None:
         super().__init__(seen_ids, vocab_size, device)
-        self._penalty = penalty
+        self.penalty = penalty
 
     @classmethod
     def apply(cls, ops: Sequence[RepetitionPenalty], requests: Sequence[int], nodes: NodeBatch, scores: Tensor) -> None:
@@ -89,7 +94,7 @@ class RepetitionPenalty(_SeenTokens):
             return
         rows = scores.numpy()
         for op, request in zip(ops, requests, strict=True):
-            tree, penalty = nodes.trees[request], np.float32(op._penalty)
+            tree, penalty = nodes.trees[request], np.float32(op.penalty)
             seen = op._seen.numpy()
             cpu.penalise_repeated(rows[nodes.span(request)], seen, tree.token_ids, tree.parents, penalty)
 
@@ -99,7 +104,7 @@ class RepetitionPenalty(_SeenTokens):
     ) -> None:
         """``apply`` in torch operations over [n, V], for any device."""
         seen = cls.seen(ops, requests, nodes)
-        penalty = nodes.per_row([op._penalty for op in ops], requests)
+        penalty = nodes.per_row([op.penalty for op in ops], requests)
 
         def penalise(block: Tensor) -> None:
             lowered = torch.where(block < 0, block * penalty, divide_(block.clone(), penalty))
@@ -118,27 +123,29 @@ class OutputPenalty(Op):
         vocab_size: V.
         device: of the scores.
 
+    ``counts`` is [V] float32 and follows the committed tokens.
+
     Source: the OpenAI API reference, "frequency and presence penalties".
     """
 
-    __slots__ = ("_counts", "_frequency", "_presence")
+    __slots__ = ("counts", "frequency", "presence")
     rank = 11
 
     def __init__(
         self, presence: float, frequency: float, output_ids: IntArray, vocab_size: int, device: torch.device
     ) -> None:
         super().__init__()
-        self._presence, self._frequency = presence, frequency
-        self._counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
+        self.presence, self.frequency = presence, frequency
+        self.counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
         self.commit(output_ids.astype(np.int64))
 
     def commit(self, ids: Index) -> None:
-        ids = ids[ids < len(self._counts)]
-        if self._counts.is_cpu:
-            np.add.at(self._counts.numpy(), ids, np.float32(1))
+        ids = ids[ids < len(self.counts)]
+        if self.counts.is_cpu:
+            np.add.at(self.counts.numpy(), ids, np.float32(1))
         else:
-            index = torch.from_numpy(ids).to(self._counts.device)
-            self._counts.index_add_(0, index, torch.ones_like(index, dtype=torch.float32))
+            index = torch.from_numpy(ids).to(self.counts.device)
+            self.counts.index_add_(0, index, torch.ones_like(index, dtype=torch.float32))
 
     @classmethod
     def apply(cls, ops: Sequence[OutputPenalty], requests: Sequence[int], nodes: NodeBatch, scores: Tensor) -> None:
@@ -147,8 +154,8 @@ class OutputPenalty(Op):
             return
         rows = scores.numpy()
         for op, request in zip(ops, requests, strict=True):
-            tree, counts = nodes.trees[request], op._counts.numpy()
-            frequency, presence = np.float32(op._frequency), np.float32(op._presence)
+            tree, counts = nodes.trees[request], op.counts.numpy()
+            frequency, presence = np.float32(op.frequency), np.float32(op.presence)
             cpu.subtract_counts(rows[nodes.span(request)], counts, tree.token_ids, tree.parents, frequency, presence)
 
     @classmethod
@@ -156,11 +163,11 @@ class OutputPenalty(Op):
         cls, ops: Sequence[OutputPenalty], requests: Sequence[int], nodes: NodeBatch, scores: Tensor
     ) -> None:
         """``apply`` in torch operations over [n, V], for any device."""
-        counts = torch.stack([op._counts for op in ops])[nodes.local_request(requests)]  # [n, V]
+        counts = torch.stack([op.counts for op in ops])[nodes.local_request(requests)]  # [n, V]
         pairs = nodes.path_tokens(requests)
         counts.index_put_(pairs, torch.ones(len(pairs[0]), device=scores.device), accumulate=True)
-        frequency = nodes.per_row([op._frequency for op in ops], requests)
-        presence = nodes.per_row([op._presence for op in ops], requests)
+        frequency = nodes.per_row([op.frequency for op in ops], requests)
+        presence = nodes.per_row([op.presence for op in ops], requests)
         edit(scores, nodes.rows(requests), lambda block: _subtract(block, frequency * counts, presence * (counts > 0)))
 
 

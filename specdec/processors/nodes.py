@@ -41,6 +41,13 @@ class NodeBatch:
         for size in self.sizes:
             self.starts.append(self.starts[-1] + size)
 
+    def part(self, requests: Sequence[int]) -> NodeBatch:
+        """The nodes of some of the requests, in the given order."""
+        if len(requests) == len(self.states):
+            return self
+        states, trees = [self.states[request] for request in requests], [self.trees[request] for request in requests]
+        return NodeBatch(states, trees, self.device)
+
     @property
     def num_nodes(self) -> int:
         """T: rows of the scores."""

@@ -47,6 +47,13 @@ class SequenceBias(Op):
             for group in by_length.values()
         ]
 
+    def everywhere(self, vocab_size: int) -> Tensor | None:
+        """[V] float32: the bias of every token, or None if the bias of some depends on the prefix."""
+        if self._reach:
+            return None
+        bias = torch.zeros(vocab_size, dtype=torch.float32, device=self._columns.device)
+        return bias.index_copy_(0, self._columns, torch.from_numpy(self._everywhere).to(bias.device))
+
     @classmethod
     def apply(cls, ops: Sequence[SequenceBias], requests: Sequence[int], nodes: NodeBatch, scores: Tensor) -> None:
         for op, request in zip(ops, requests, strict=True):

@@ -14,6 +14,7 @@ from specdec.bench.gpu_kernels import attention_batch
 from specdec.bench.targets import random_target
 from specdec.build import build_engine
 from specdec.check.hostile import HostileDrafter
+from specdec.kernels.node_laws import Law, NodeLaws
 from specdec.kernels.strict_products import strict_matmul, strict_mean
 from specdec.kernels.tree_attention import AttentionKind, tree_attention
 from specdec.kernels.tree_attention_reference import tree_attention_reference
@@ -66,10 +67,8 @@ def test_drawn_tokens_have_the_bits_of_the_cpu():
     logits = torch.randn(40, 32_003, device=CUDA) * 3
     seeds, positions = np.arange(40, dtype=np.uint64) * 2**58, np.arange(40) + 2**33
     noise = gumbel(seeds, positions, 32_003, device="cpu").to(CUDA)
-    found = draw_tokens(
-        logits, torch.ones(40, device=CUDA), torch.from_numpy(seeds.view(np.int64)).to(CUDA),
-        torch.from_numpy(positions).to(CUDA),
-    )  # fmt: skip
+    laws = NodeLaws([Law(int(seed)) for seed in seeds], [1] * 40, positions, 32_003, CUDA)
+    found = draw_tokens(logits, laws)
     assert torch.equal(found.long(), (logits + noise).argmax(-1))
 
 

@@ -20,10 +20,6 @@ from specdec.kernels.top_k import top_k, top_k_reference
 from specdec.kernels.tree_attention import AttentionKind, tree_attention
 from specdec.kernels.tree_attention_reference import tree_attention_reference
 from specdec.kernels.tree_batch import TreeBatch, ancestor_words
-from specdec.kernels.verify import verify_trees
-from specdec.rng import gumbel
-from specdec.verifier.match import match_walk
-from tests.oracles import random_tree
 
 ATOL = {torch.float32: 2e-6, torch.float16: 2e-3}
 
@@ -194,47 +190,6 @@ def test_what_attention_would_read_wrongly_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             replace(batch, **change)
-
-
-@pytest.mark.parametrize(("vocab_size", "sizes"), [(5, [1]), (1000, [1, 4, 30]), (1031, [7, 1]), (17001, [3, 9])])
-def test_verification_draws_the_engine_s_tokens_and_walks_as_the_engine_does(vocab_size, sizes):
-    rng = np.random.default_rng(vocab_size)
-    trees = [random_tree(rng, vocab_size, size - 1) for size in sizes]
-    cu_nodes = np.cumsum([0, *map(len, trees)]).astype(np.int32)
-    num_nodes = int(cu_nodes[-1])
-    logits = torch.from_numpy(rng.standard_normal((num_nodes, vocab_size)).astype(np.float32)) * 3
-    logits[rng.integers(0, num_nodes), : vocab_size // 2] = float("-inf")
-    temperatures = torch.from_numpy(np.repeat(rng.choice([0.0, 0.7, 1.0], len(trees)), np.diff(cu_nodes))).float()
-    seeds = np.repeat(rng.integers(0, 2**64, len(trees), dtype=np.uint64), np.diff(cu_nodes))
-    positions = rng.integers(0, 2**40, num_nodes)
-    scores = logits / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
-    noise = gumbel(seeds, positions, vocab_size, device="cpu")
-    wanted = torch.where(temperatures[:, None] > 0, scores + noise, scores).argmax(-1).int().numpy()
-    token_ids = np.concatenate([tree.token_ids for tree in trees])
-    parents = np.concatenate([tree.parents for tree in trees])
-    for node in range(num_nodes):  # make acceptance likely
-        if parents[node] >= 0 and rng.random() < 0.6:
-            tree = int(np.searchsorted(cu_nodes, node, side="right")) - 1
-            token_ids[node] = wanted[cu_nodes[tree] + parents[node]]
-    nodes, cu_accepted, bonus = match_walk(wanted, token_ids, parents, cu_nodes)
-    kept = np.zeros(num_nodes, dtype=np.int8)
-    for tree, first in enumerate(cu_nodes[:-1]):
-        kept[first + np.array([0, *nodes[cu_accepted[tree] : cu_accepted[tree + 1]]])] = 1
-    for backend in ("triton", "torch"):
-        got = verify_trees(
-            logits, torch.from_numpy(token_ids), torch.from_numpy(parents), torch.from_numpy(cu_nodes), temperatures,
-            torch.from_numpy(seeds.view(np.int64)), torch.from_numpy(positions), backend=backend,
-        )  # fmt: skip
-        for have, want in zip(got, (wanted, kept, np.diff(cu_accepted), bonus), strict=True):
-            assert np.array_equal(have.numpy(), want), backend
-
-
-def test_the_first_of_equal_logits_wins_across_blocks():
-    logits = torch.zeros(1, 20000)
-    logits[0, [9000, 1500, 17000]] = 2.0
-    one = torch.zeros(1, dtype=torch.int32)
-    arguments = (one, one - 1, torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1), one.long(), one.long())
-    assert verify_trees(logits, *arguments, backend="triton")[0].tolist() == [1500]
 
 
 @pytest.mark.parametrize("counts", [[1], [3, 0, 17], [32, 1], [200]])

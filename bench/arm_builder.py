@@ -177,8 +177,10 @@ def _check(names: Sequence[str]) -> None:
 
 
 def _is_checkpoint(base: str) -> bool:
-    kind, _, path = base.partition(":")
-    return kind in DRAFTER_KINDS and bool(path)
+    kind = checkpoint.kind_in(base, DRAFTER_KINDS)
+    return (
+        kind is not None and kind in DRAFTER_KINDS and bool(base.partition(":")[2]) == bool(DRAFTER_KINDS[kind].takes)
+    )
 
 
 def short_name(name: str) -> str:

@@ -21,7 +21,16 @@ from specdec.protocols import Drafter, Draws
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DrafterKind", "Loader", "PendingDrafter", "Reader", "parse_name", "read_checkpoint", "short_name"]
+__all__ = [
+    "DrafterKind",
+    "Loader",
+    "PendingDrafter",
+    "Reader",
+    "kind_in",
+    "parse_name",
+    "read_checkpoint",
+    "short_name",
+]
 
 # (source, target, its tokenizer or None, how to draw, **options) -> drafter
 Loader: TypeAlias = Callable[..., Drafter]
@@ -39,8 +48,8 @@ def parse_name(name: str) -> tuple[str, str, dict[str, Any]]:
         >>> parse_name("lm:models/small?depth=6&min_gain=0.2&fan_out=2x1")
         ('lm', 'models/small', {'depth': 6, 'min_gain': 0.2, 'fan_out': (2, 1)})
     """
-    kind, _, rest = name.partition(":")
-    source, has_options, query = rest.partition("?")
+    front, has_options, query = name.partition("?")
+    kind, _, source = front.partition(":")
     try:
         pairs = parse_qsl(query, keep_blank_values=False, strict_parsing=True) if has_options else []
     except ValueError:
@@ -48,6 +57,12 @@ def parse_name(name: str) -> tuple[str, str, dict[str, Any]]:
     if len(dict(pairs)) < len(pairs):
         raise ConfigError(f"an option of a drafter can be given once, got {query!r}")
     return kind, source, {key: _value(text) for key, text in pairs}
+
+
+def kind_in(name: str, kinds: Mapping[str, DrafterKind]) -> str | None:
+    """What stands before the colon of a name, or the one of ``kinds`` that is named without a colon; None: neither."""
+    kind, colon, _ = name.partition("?")[0].partition(":")
+    return kind if colon or (kind in kinds and not kinds[kind].takes) else None
 
 
 def _value(text: str) -> Any:
@@ -100,7 +115,7 @@ class DrafterKind:
     Args:
         load: builds the drafter: ``load(source, target, tokenizer, draws, **options)``.
         read: the source and the options from the whole name; by default ``PATH?options``.
-        takes: what stands behind the colon, for messages.
+        takes: what stands behind the colon, for messages; nothing: it is named without a colon.
     """
 
     load: Loader

@@ -1,9 +1,10 @@
-"""Drafts with an EAGLE head: dynamic trees, its cache refreshed with the target's true states in every step.
+"""Drafts with a head on the target's states: dynamic trees, its cache refreshed with true states in every step.
 
 Row t of the head's cache pairs the target's state at token t with token t + 1. A step first reads the rows of all
 tokens that the target has cached since the last one; the output of the last of them gives the first level. Deeper
 levels run on the head's own outputs, in rows that are dropped when the tree is done (EAGLE-2, Li et al. 2024,
-arXiv 2406.16858, section 4; positions as there: one less than the token's own).
+arXiv 2406.16858, section 4; positions as there: one less than the token's own). EAGLE heads and a target's own
+multi-token-prediction layers (`specdec.drafters.mtp`) are such heads.
 """
 
 from __future__ import annotations
@@ -16,23 +17,21 @@ import torch
 from torch import Tensor
 
 from specdec.attention import StepAttention, TailMasks
-from specdec.drafters.eagle_head import EagleHead
 from specdec.drafters.growing import GrowingCache, Growth
 from specdec.drafters.levels import Words, search_trees
+from specdec.drafters.state_head import StateHead
 from specdec.drafters.state_reader import PIECE, StateReader
 from specdec.drafters.tree_search import SearchLimits, TreeSearch
 from specdec.errors import ConfigError
-from specdec.kv_cache import CallShape, GroupKey, KVPool
+from specdec.kv_cache import GroupKey, KVPool
 from specdec.protocols import DrafterNeeds
 from specdec.types import DraftTree, RequestState, StepEvent
 
 __all__ = ["EagleDrafter"]
 
-_FULL: GroupKey = ("full", 0)
-
 
 class EagleDrafter:
-    """Drafts trees with an EAGLE-1/2/3 head (`specdec.protocols.Drafter`).
+    """Drafts trees with a head such as EAGLE's (`specdec.protocols.Drafter`).
 
     Args:
         head: its weights and arithmetic.
@@ -49,7 +48,7 @@ class EagleDrafter:
 
     def __init__(
         self,
-        head: EagleHead,
+        head: StateHead,
         *,
         vocab_size: int,
         top_k: int = 10,
@@ -64,22 +63,21 @@ class EagleDrafter:
                 raise ConfigError(f"{name} must be >= 1, got {value}")
         if not min_gain >= 0:
             raise ConfigError(f"min_gain must be >= 0, got {min_gain}")
-        config = head.config
         self.head = head
         head.pack()
-        self.needs = DrafterNeeds(hidden_layers=config.hidden_layers, needs_match=True)
+        self.needs = DrafterNeeds(hidden_layers=head.hidden_layers, needs_match=True)
         self._vocab_size = vocab_size
         self._words = None if head.target_ids is None else Words(head.target_ids, vocab_size)
         self._limits = SearchLimits(top_k, top_k, depth, min_gain or None)
-        shape = CallShape(config.num_kv_heads, config.head_dim, config.head_dim)
+        self._num_query_groups = [call.num_query_groups for call in head.calls]
         self._cache = GrowingCache(
             KVPool(
-                [(_FULL, shape)], kv_tokens, num_live_requests=max_requests, num_step_tokens=PIECE, dtype=head.dtype,
-                device=head.device,
+                [(call.group, call.shape) for call in head.calls], kv_tokens, num_live_requests=max_requests,
+                num_step_tokens=PIECE, dtype=head.dtype, device=head.device,
             )
         )  # fmt: skip
         self._masks: dict[tuple[GroupKey, int], TailMasks] = {}
-        self._reader = StateReader(self._cache, config.hidden_layers)
+        self._reader = StateReader(self._cache, head.hidden_layers)
 
     @property
     def named_weights(self) -> Mapping[str, Tensor]:
@@ -140,11 +138,10 @@ class EagleDrafter:
 
     def _forward(self, growths: Sequence[Growth], inputs: Tensor) -> Tensor:
         """One pass of the head over new rows, whose slots are reserved: [T, H]."""
-        config = self.head.config
         layouts, positions = self._cache.lay_out(growths)
         step = StepAttention(
-            self._cache.pool, layouts, [config.num_heads // config.num_kv_heads], dtype=self.head.dtype,
-            device=self.head.device, masks=self._masks,
+            self._cache.pool, layouts, self._num_query_groups, dtype=self.head.dtype, device=self.head.device,
+            masks=self._masks,
         )  # fmt: skip
         token_ids = torch.from_numpy(np.concatenate([growth.token_ids for growth in growths], dtype=np.int64))
         where = torch.from_numpy(positions).to(self.head.device)

@@ -22,10 +22,12 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 
 from specdec.drafters.decoder_parts import rms_norm, rotary_embedding, rotate, spread_over_vocabulary
 from specdec.drafters.products import Products
+from specdec.drafters.state_head import HeadCall
+from specdec.kv_cache import CallShape
 
 __all__ = ["Attend", "EagleConfig", "EagleHead", "attend_causally"]
 
-# (query [1, Hq, T, D], key [1, Hkv, T, D], value, scaling, softcap, sinks) -> [1, T, Hq, D]
+# (query [1, Hq, T, D], key [1, Hkv, T, D], value, scaling, softcap, sinks) -> [1, T, Hq, D]; a head needs no more
 Attend = Callable[[Tensor, Tensor, Tensor, None, None, None], Tensor]
 
 
@@ -62,9 +64,9 @@ class EagleConfig:
     norm_output: bool = False
 
 
-def attend_causally(q: Tensor, k: Tensor, v: Tensor, _: None, __: None, ___: None) -> Tensor:
-    """Plain causal attention over a row of its own, for teacher forcing."""
-    out: Tensor = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+def attend_causally(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, *_: float | Tensor | None) -> Tensor:
+    """Plain causal attention over a row of its own, without soft-cap and sinks, for teacher forcing."""
+    out: Tensor = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2)
 
 
@@ -98,6 +100,18 @@ class EagleHead:
             max_length=config.max_length,
         ).to(self.device)  # fmt: skip
         self._products = Products()
+
+    @property
+    def hidden_layers(self) -> tuple[int, ...]:
+        """States that it reads, as indices into ``output_hidden_states``."""
+        return self.config.hidden_layers
+
+    @property
+    def calls(self) -> tuple[HeadCall, ...]:
+        """Its one attention call."""
+        config = self.config
+        shape = CallShape(config.num_kv_heads, config.head_dim, config.head_dim)
+        return (HeadCall(("full", 0), shape, config.num_heads // config.num_kv_heads),)
 
     def pack(self) -> None:
         """Compute from packed copies of the weights from now on, where that pays: no gradients any more."""

@@ -14,13 +14,14 @@ from rich.progress import Progress
 from specdec.adaptive import controller_for, known_costs
 from specdec.chain_target import ChainTarget
 from specdec.config import EngineConfig
-from specdec.drafters.checkpoint import DrafterKind, PendingDrafter
+from specdec.drafters.checkpoint import DrafterKind, PendingDrafter, kind_in
 from specdec.drafters.diffusion_loading import load_diffusion
 from specdec.drafters.eagle_loading import load_eagle
 from specdec.drafters.early_exit import load_early_exit, read_early_exit
 from specdec.drafters.fused_names import fused_kind, fused_parts
 from specdec.drafters.lm_loading import load_layer_parallel, load_lm
 from specdec.drafters.lookahead import LookaheadDrafter
+from specdec.drafters.mtp import load_mtp, read_mtp
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.recycling import RecyclingDrafter
@@ -83,6 +84,7 @@ DRAFTER_KINDS: Mapping[str, DrafterKind] = {
     "fused": fused_kind(lambda name: name_drafter(name), lambda *target: load_drafter(*target)),
     "layer-parallel": DrafterKind(load_layer_parallel),
     "lm": DrafterKind(load_lm),
+    "mtp": DrafterKind(load_mtp, read_mtp, takes=""),
     "registry": registry_kind(lambda kind, *args, **options: DRAFTER_KINDS[kind].load(*args, **options)),
 }
 VERIFIERS = ("match", *RULES, "typical")
@@ -94,7 +96,8 @@ _MEMORY_SHARE = 0.25  # of what is free, for the KV pool: weights and activation
 
 def drafter_names() -> list[str]:
     """Every way of naming a drafter, for messages."""
-    return [*sorted(DRAFTERS), *(f"{name}:{kind.takes}" for name, kind in sorted(DRAFTER_KINDS.items()))]
+    kinds = (f"{name}:{kind.takes}" if kind.takes else name for name, kind in sorted(DRAFTER_KINDS.items()))
+    return [*sorted(DRAFTERS), *kinds]
 
 
 def name_drafter(drafter: str | Drafter | PendingDrafter, **options: Any) -> Drafter | PendingDrafter:
@@ -104,9 +107,8 @@ def name_drafter(drafter: str | Drafter | PendingDrafter, **options: Any) -> Dra
         ConfigError: an unknown name, an unknown option, or options for a ready object.
         LoadError: there is no checkpoint at the path.
     """
-    if not isinstance(drafter, str) or ":" not in drafter:
+    if not isinstance(drafter, str) or (kind := kind_in(drafter, DRAFTER_KINDS)) is None:
         return drafter if isinstance(drafter, PendingDrafter) else build_drafter(drafter, **options)
-    kind = drafter.partition(":")[0]
     if kind not in DRAFTER_KINDS:
         raise ConfigError(f"drafter must be one of {', '.join(drafter_names())}, got {drafter!r}")
     if kind == "fused" and all(part in DRAFTERS for part in fused_parts(drafter)):

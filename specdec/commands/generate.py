@@ -113,6 +113,9 @@ def generate(
     early-exit:N drafts with the target's own first N layers. It wins with targets that were trained to exit early; with
     others little of it is accepted.
 
+    mtp drafts with the target's own multi-token-prediction layer, where its checkpoint has one (top_k, depth). It wins
+    at small batches; it loses in large ones, and with targets that were fine-tuned without it.
+
     diffusion:PATH drafts with a DFlash or DSpark head that was trained for this very model, or with a masked diffusion
     LM that shares its tokens (rule, top_k). A head wins where a pass of a few layers buys several tokens; a masked LM
     only where it is much smaller than the target.

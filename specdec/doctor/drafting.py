@@ -21,7 +21,7 @@ from specdec.doctor.report import Acceptance, Agreement, DrafterReport, Problem
 from specdec.drafters.checkpoint import PendingDrafter, short_name
 from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.eagle_files import EagleFiles, read_files
-from specdec.drafters.eagle_head import EagleConfig
+from specdec.drafters.eagle_head import EagleConfig, EagleHead
 from specdec.drafters.eagle_probe import Lesson, build_head, hits, probe_readings
 from specdec.drafters.lm import LmDrafter
 from specdec.drafters.lm_loading import tokenizer_of
@@ -87,7 +87,7 @@ def examine_drafter(
     lessons = {form: Lesson.of(model, ids[:_NUM_PROBED]) for form, ids in _texts(tokenizer).items()}
     case = _Case(model, tokenizer, pending.load(model, tokenizer), pending, lessons)
     acceptance = tuple(_acceptance(case, form, ids) for form, ids in _prompts(tokenizer).items())
-    if isinstance(case.drafter, EagleDrafter):
+    if isinstance(case.drafter, EagleDrafter) and isinstance(case.drafter.head, EagleHead):
         agreement, problems = _eagle(case, name)
     elif isinstance(case.drafter, LmDrafter) and isinstance(pending.source, Path):
         agreement, problems = _draft_model(case)

@@ -4,8 +4,8 @@
 
 Recorded answers are forced onto a model with random weights, so all arms write the same text and only time differs.
 Arms take turns, call by call or batch by batch, in one process. Stores know the half of the episodes that is not
-measured. Decoding speed leaves the prompt's time out (from the first token to the last) where requests run alone; with
-several at a time it is the time of the whole batch.
+measured. Decoding speed leaves the prompt's time out: where requests run alone, from the first token to the last; with
+several at a time, the steps in which all of them decode.
 
 All times, also those by which the controller decides, are the CPU time of the one thread that does all the work: on an
 idle machine the time on the wall, on a busy one without the neighbours. So run it with OMP_NUM_THREADS=1.
@@ -17,7 +17,7 @@ import argparse
 import importlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -50,7 +50,20 @@ from specdec.errors import ConfigError
 from specdec.protocols import Drafter
 from specdec.routes import choose_route
 
-__all__ = ["main"]
+__all__ = [
+    "ALONE",
+    "FUSED",
+    "TOGETHER",
+    "batch_size",
+    "decode_seconds",
+    "jobs_of",
+    "main",
+    "ratio",
+    "report",
+    "single_drafter",
+    "take_calls",
+    "use_clock",
+]
 
 # Recycling reads the target's own logits, and those of random weights say nothing about a recorded answer.
 FUSED = ("suffix", "lookahead", "ngram")
@@ -60,17 +73,22 @@ TOGETHER = {"suffix": (1, 2, 4, 8), "lookahead": (2, 4), "ngram": (2,)}
 _TRIE_CALLS = 60  # a saved trie is counted anew when it is loaded
 
 
+def use_clock(clock: Callable[[], float]) -> None:
+    """Let the engine, the drafters, the controller and the arms read another clock, in seconds."""
+    for module in ("specdec.engine", "specdec.drafters.fusion", "specdec.bench.arms", "specdec.cost_measure"):
+        vars(importlib.import_module(module))["perf_counter"] = clock
+    (AdaptiveController.__init__.__kwdefaults__ or {})["clock"] = clock
+
+
 def use_cpu_clock() -> None:
-    """Let the engine, the drafters and the arms read the CPU time of this thread where they read the clock.
+    """Let everything read the CPU time of this thread.
 
     Raises:
         ConfigError: torch runs several threads, whose work this clock does not see.
     """
     if torch.get_num_threads() > 1:
         raise ConfigError("CPU time of one thread is measured: set OMP_NUM_THREADS=1")
-    for module in ("specdec.engine", "specdec.drafters.fusion", "specdec.bench.arms", "specdec.cost_measure"):
-        vars(importlib.import_module(module))["perf_counter"] = thread_time
-    (AdaptiveController.__init__.__kwdefaults__ or {})["clock"] = thread_time
+    use_clock(thread_time)
 
 
 def small_model(vocab_size: int) -> Any:
@@ -86,11 +104,12 @@ def small_model(vocab_size: int) -> Any:
 def make_drafter(name: str, stores: Path) -> Drafter:
     """A fresh drafter over a fresh copy of what was learned before."""
     if name == "fused":
-        return FusedDrafter([(part, _single(part, stores)) for part in FUSED])
-    return _single(name, stores)
+        return FusedDrafter([(part, single_drafter(part, stores)) for part in FUSED])
+    return single_drafter(name, stores)
 
 
-def _single(name: str, stores: Path) -> Drafter:
+def single_drafter(name: str, stores: Path) -> Drafter:
+    """One of ``FUSED``, fresh."""
     if name == "ngram":
         return NgramDrafter()
     store = RetrievalStore.load(stores.with_suffix(f".{name}"))
@@ -103,6 +122,11 @@ def train_stores(items: Sequence[WorkItem], path: Path) -> None:
     for name, drafter in drafters.items():
         warm_up(drafter, jobs_of(items[-_TRIE_CALLS:] if name == "lookahead" else items))
         drafter.store.save(path.with_suffix(f".{name}"))
+
+
+def batch_size(concurrency: int) -> int:
+    """Calls that an arm answers in its turn: enough that all but the last few have company to the end."""
+    return 1 if concurrency == 1 else max(3 * concurrency, 12)
 
 
 def jobs_of(items: Sequence[WorkItem]) -> list[Job]:
@@ -127,11 +151,28 @@ def build_arms(names: Sequence[str], model: Any, stores: Path, concurrency: int)
     return arms
 
 
-def decode_seconds(results: Sequence[JobResult], wall: float, concurrency: int) -> tuple[int, float]:
-    """Tokens and seconds of decoding."""
-    if concurrency > 1:
-        return sum(sum(one.emitted) for one in results), wall
-    return sum(sum(one.emitted[1:]) for one in results), sum(one.stamps[-1] - one.stamps[0] for one in results)
+def decode_seconds(results: Sequence[JobResult], concurrency: int) -> tuple[int, float]:
+    """Tokens and seconds of decoding; of many requests at a time, those of the steps in which all of them decode.
+
+    Prompts and the end, when fewer and fewer go on, are left out: how many such steps there are depends on how the
+    lengths of the calls fall, and they say nothing about speculation.
+    """
+    if concurrency == 1:
+        return sum(sum(one.emitted[1:]) for one in results), sum(one.stamps[-1] - one.stamps[0] for one in results)
+    emitted: dict[float, list[int]] = {}
+    has_prompt = set[float]()
+    for one in results:
+        stamps = [round((one.start_s or 0.0) + stamp, 7) for stamp in one.stamps]
+        has_prompt.add(stamps[0])
+        for stamp, count in zip(stamps, one.emitted, strict=True):
+            emitted.setdefault(stamp, []).append(count)
+    ends = sorted(emitted)
+    whole = [
+        (sum(emitted[end]), end - begin)
+        for begin, end in zip(ends, ends[1:], strict=False)
+        if len(emitted[end]) == concurrency and end not in has_prompt
+    ]
+    return sum(tokens for tokens, _ in whole), sum(seconds for _, seconds in whole)
 
 
 def run_arms(
@@ -148,9 +189,8 @@ def run_arms(
         if number and thread_time() - begin > limit_s * number / (number + 1):
             break  # another turn would not fit
         for arm in [*arms[number % len(arms) :], *arms[: number % len(arms)]]:
-            start = thread_time()
             results = arm.run(batch)
-            spent[arm.name].append(decode_seconds(results, thread_time() - start, concurrency))
+            spent[arm.name].append(decode_seconds(results, concurrency))
             for one in results:
                 counts = (len(one.emitted), sum(one.accepted), sum(one.drafted))
                 steps[arm.name] = [a + b for a, b in zip(steps[arm.name], counts, strict=True)]
@@ -209,7 +249,7 @@ def measure_group(
     """One group of sources at one number of requests at a time."""
     arms = build_arms(names, model, stores, concurrency)
     jobs = jobs_of(items)
-    size = 1 if concurrency == 1 else 2 * concurrency
+    size = batch_size(concurrency)
     batches = [jobs[at : at + size] for at in range(0, len(jobs), size)]
     try:
         found = run_arms(arms, batches, concurrency, limit_s)

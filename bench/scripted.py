@@ -102,7 +102,13 @@ class _ScriptedSampler:
 
 
 def scripted_engine(
-    vocab_size: int, drafter: Drafter, *, budget: int | None = None, observers: Sequence[Observer] = (), **options: Any
+    vocab_size: int,
+    drafter: Drafter,
+    *,
+    budget: int | None = None,
+    observers: Sequence[Observer] = (),
+    target: ScriptedTarget | None = None,
+    **options: Any,
 ) -> Engine:
     """``build_engine`` without a model: requests must carry their response as a ``ForcedResponse``.
 
@@ -111,12 +117,13 @@ def scripted_engine(
         drafter: guesses; it must not read logits.
         budget: most draft tokens per step; None: follows what is accepted.
         observers: see every step.
+        target: recites; a plain one if None.
         **options: fields of ``EngineConfig``.
     """
     # A prompt costs nothing here, so it is never cut into pieces.
     config = EngineConfig.of(**{"max_prefill_tokens": _MAX_LENGTH, **options})
     return Engine(
-        ScriptedTarget(vocab_size),
+        target or ScriptedTarget(vocab_size),
         MatchVerifier(_ScriptedSampler()),
         build_drafter(drafter),
         controller_for([drafter], budget),

@@ -61,6 +61,7 @@ class AdaptiveController:
         self._observed_at: float | None = None
         self._host_ms = 0.0
         self._lateness: dict[str, float] = {}
+        self._planned: list[bool] = []  # by request of this step: it may draft
 
     @property
     def costs(self) -> CostModel:
@@ -76,11 +77,15 @@ class AdaptiveController:
             return []
         context = sum(state.num_tokens for state in states) / len(states)
         most = self.budget.begin(len(states), context, load.num_prefill_tokens, self._max_budget)
-        return [most] * len(states)
+        if len(self.budget.turns) > 2 * len(states) + 64:
+            self.budget.turns.keep({state.request_id for state in states})
+        self._planned = [most > 0 and self.budget.turns.may_draft(state.request_id) for state in states]
+        return [most if planned else 0 for planned in self._planned]
 
     def admit(self, states: Sequence[RequestState], trees: Sequence[DraftTree]) -> Sequence[DraftTree]:
         total = sum(tree.num_draft_tokens for tree in trees)
         if total == 0:
+            self._judge(states, trees)
             return trees
         values = np.concatenate(
             [self._weight(state) * _node_values(tree)[1:] for state, tree in zip(states, trees, strict=True)]
@@ -88,6 +93,7 @@ class AdaptiveController:
         order = np.argsort(-values, kind="stable")
         size = self.budget.choose(values[order])
         if size == total:
+            self._judge(states, trees)
             return trees
         chosen = np.zeros(total, dtype=np.bool_)
         chosen[order[:size]] = True
@@ -96,7 +102,17 @@ class AdaptiveController:
             kept = chosen[first : first + tree.num_draft_tokens]
             admitted.append(tree if kept.all() else tree.subtree(np.flatnonzero(np.append(True, kept))))
             first += tree.num_draft_tokens
+        self._judge(states, admitted)
         return admitted
+
+    def _judge(self, states: Sequence[RequestState], admitted: Sequence[DraftTree]) -> None:
+        drafted = [
+            (state.request_id, float(self._weight(state) * _node_values(tree)[1:].sum()), tree.num_draft_tokens)
+            for state, tree, planned in zip(states, admitted, self._planned, strict=True)
+            if planned
+        ]
+        if drafted:
+            self.budget.judge(*zip(*drafted, strict=True))
 
     def _weight(self, state: RequestState) -> np.float32:
         return np.float32(state.request.priority * self._lateness.get(state.request_id, 1.0))

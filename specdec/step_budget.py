@@ -15,17 +15,22 @@ for goodput as the aim, Cascade (2506.20675) for the guard.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from specdec.controller_floor import Floor
 from specdec.cost_model import CostModel
+from specdec.draft_turns import DraftTurns
 from specdec.errors import ConfigError
 from specdec.tree import FloatArray
 
 __all__ = ["StepBudget", "choose_size"]
 
 _NEWEST = 0.03  # share of one step in the speed-up that the rate is made of
+_NEWEST_PRICE = 0.1  # and in what drafting costs
+_OUTLIER = 4.0  # a draft that took so many times what was expected was disturbed, and counts as that
 _NO_NODE = 1e9  # a threshold that no value reaches
 
 
@@ -65,7 +70,10 @@ class StepBudget:
             raise ConfigError(f"hysteresis must be >= 0, got {hysteresis}")
         self.costs = costs
         self.floor = Floor(floor)
+        self.turns = DraftTurns()
         self.speedup = 1.0  # of the engine over plain decoding, in the recent past
+        self._draft_ms = 0.0  # for one request
+        self._num_drafting = 0  # requests of this step
         self._hysteresis = hysteresis
         self._threshold = 0.0  # nodes below it were cut off when it last changed
         self._requests, self._context, self._prefill = 0, 1.0, 0
@@ -84,6 +92,7 @@ class StepBudget:
         # Prompt tokens take their time in any case: what a token is worth is told by steps that only decode.
         plain_ms = self.costs.step_ms(num_requests, context, num_requests)
         self.costs.tokens_per_ms = self.speedup * num_requests / max(plain_ms, 1e-9)
+        self._num_drafting = 0
         self._may_draft = self.floor.may_draft()
         if not self._may_draft:
             return 0
@@ -110,6 +119,21 @@ class StepBudget:
         self._threshold = float(values[size - 1]) if size else _NO_NODE
         return size
 
+    def judge(self, request_ids: Sequence[str], expected: Sequence[float], chosen: Sequence[int]) -> None:
+        """Tell the turns what the drafts of this step are worth.
+
+        Args:
+            request_ids: those that were drafted for.
+            expected: tokens that the chosen nodes of each are expected to bring.
+            chosen: how many they are.
+        """
+        self._num_drafting = len(request_ids)
+        rate, size = self.costs.tokens_per_ms, sum(chosen)
+        costs = self._step_ms(size)
+        each = rate * float(costs[-1] - costs[0]) / max(size, 1)
+        for request_id, tokens, count in zip(request_ids, expected, chosen, strict=True):
+            self.turns.note(request_id, tokens - each * count, rate * self._draft_ms)
+
     def finish(self, emitted: int, drafted: int, parts_ms: dict[str, float]) -> None:
         """A step is over.
 
@@ -118,6 +142,10 @@ class StepBudget:
             drafted: draft tokens that were verified.
             parts_ms: what the parts took; see ``specdec.cost_model.PARTS``.
         """
+        if self._num_drafting:
+            ms = parts_ms.get("draft", 0.0) / self._num_drafting
+            ms = min(ms, _OUTLIER * self._draft_ms) if self._draft_ms else ms
+            self._draft_ms += _NEWEST_PRICE * (ms - self._draft_ms) if self._draft_ms else ms
         plain_ms, is_known = float(self._step_ms(0)[0]), self.costs.is_measured
         tokens = self._requests + self._prefill + drafted
         for part, ms in parts_ms.items():

@@ -1,0 +1,210 @@
+"""Fused drafting under the controller on a simulated clock: what the decisions are worth, whatever the machine does.
+
+    python -m specdec.bench.paper_speed --tokenizer DIR --stores DIR --agents FILE ... --controls FILE ... --json OUT
+
+The engine, the drafters, the controller and the recorded answers are those of ``specdec.bench.adaptive_speed``; only
+time is made up: a forward takes what a cost table says, a drafter what was measured of it once, and everything else
+nothing. So two runs give the same figures to the last digit, and a loss to plain decoding is the controller's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+
+from specdec.bench.adaptive_speed import (
+    ALONE,
+    FUSED,
+    TOGETHER,
+    batch_size,
+    decode_seconds,
+    jobs_of,
+    ratio,
+    report,
+    single_drafter,
+    take_calls,
+    use_clock,
+)
+from specdec.bench.arms import EngineArm
+from specdec.bench.measure import write_json
+from specdec.bench.scripted import ScriptedTarget, scripted_engine
+from specdec.bench.workload import WorkItem
+from specdec.controller_adaptive import AdaptiveController
+from specdec.cost_model import BATCHES, CONTEXTS, TOKENS, CostModel, CostTable
+from specdec.drafters.fusion import FusedDrafter
+from specdec.engine import Engine
+from specdec.protocols import Drafter
+from specdec.types import Chunk, DraftTree, RequestState, StepEvent, TargetOutput
+
+__all__ = ["PaperClock", "PricedDrafter", "PricedTarget", "line_table", "main", "paper_engine"]
+
+# Milliseconds of a call and of each of its requests, on one core.
+PRICES = {"suffix": (0.05, 0.12), "lookahead": (0.02, 0.06), "ngram": (0.02, 0.02)}
+
+
+class PaperClock:
+    """Seconds that pass only when somebody says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def spend(self, ms: float) -> None:
+        """Let milliseconds pass."""
+        self.now += ms / 1e3
+
+
+class PricedTarget(ScriptedTarget):
+    """Recites, and takes the time of a cost table for it."""
+
+    def __init__(self, vocab_size: int, costs: CostModel, clock: PaperClock) -> None:
+        super().__init__(vocab_size)
+        self._costs, self._clock = costs, clock
+
+    def forward(self, chunks: Sequence[Chunk]) -> TargetOutput:
+        decoding = [chunk.state.num_tokens for chunk in chunks if chunk.tree is not None]
+        tokens = sum(chunk.num_tokens for chunk in chunks)
+        self._clock.spend(self._costs.step_ms(tokens, float(np.mean(decoding or [1])), max(len(decoding), 1)))
+        return super().forward(chunks)
+
+
+class PricedDrafter:
+    """A drafter whose calls take a known time (`specdec.protocols.Drafter`)."""
+
+    def __init__(self, inner: Drafter, prices: tuple[float, float], clock: PaperClock) -> None:
+        self.inner, self.needs, self._prices, self._clock = inner, inner.needs, prices, clock
+
+    def start(self, states: Sequence[RequestState]) -> None:
+        self.inner.start(states)
+
+    def propose(self, states: Sequence[RequestState], budgets: Sequence[int]) -> list[DraftTree]:
+        if any(budgets):
+            self._clock.spend(self._prices[0] + self._prices[1] * len(states))
+        return self.inner.propose(states, budgets)
+
+    def observe(self, events: Sequence[StepEvent]) -> None:
+        self.inner.observe(events)
+
+    def stop(self, request_ids: Sequence[str]) -> None:
+        self.inner.stop(request_ids)
+
+
+def line_table(step_ms: float, free: int, slope_ms: float) -> CostModel:
+    """A machine whose steps take ``step_ms`` up to ``free`` tokens and ``slope_ms`` more for each further one."""
+    row = step_ms + slope_ms * np.maximum(np.array(TOKENS, float) - free, 0)
+    return CostModel({"target": CostTable(np.broadcast_to(row, (len(BATCHES), len(CONTEXTS), len(TOKENS))).copy())})
+
+
+def paper_engine(
+    drafter: Drafter, *, vocab_size: int, costs: CostModel, clock: PaperClock, is_known: bool = True, **options: Any
+) -> Engine:
+    """An engine on the simulated clock; a controller knows the table from the start, or learns it."""
+    engine = scripted_engine(
+        vocab_size, drafter, target=PricedTarget(vocab_size, costs, clock), max_prefill_tokens=512, **options
+    )
+    if is_known and isinstance(engine.controller, AdaptiveController):
+        engine.controller.costs.take(CostModel.of_dict(costs.as_dict()))
+    return engine
+
+
+def run_paper(
+    items: Sequence[WorkItem], names: Sequence[str], concurrency: int, stores: Path, make: Any, clock: PaperClock
+) -> dict[str, Any]:
+    """Every arm answers every call; as ``adaptive_speed`` has it, without turns, for nothing disturbs."""
+    found: dict[str, Any] = {}
+    jobs = jobs_of(items)
+    size = batch_size(concurrency)
+    fused: dict[str, Any] = {}
+    for name in names:
+        base, _, length = name.partition("@")
+        budget = 0 if base == "plain" else int(length) if length else None
+        fresh = partial(_drafter, base, stores, clock)
+        arm = EngineArm(name, make, "none" if base == "plain" else fresh, budget=budget, concurrency=concurrency)
+        spent, steps, accepted, drafted = [], 0, 0, 0
+        for at in range(0, len(jobs), size):
+            results = arm.run(jobs[at : at + size])
+            spent.append(decode_seconds(results, concurrency))
+            steps += sum(len(one.emitted) for one in results)
+            accepted += sum(sum(one.accepted) for one in results)
+            drafted += sum(sum(one.drafted) for one in results)
+        found[name] = {
+            "tokens_per_s": sum(t for t, _ in spent) / sum(s for _, s in spent),
+            "tokens": [t for t, _ in spent],
+            "seconds": [s for _, s in spent],
+            "steps": steps,
+            "acceptance_length": 1 + accepted / steps,
+            "drafted_per_step": drafted / steps,
+        }
+        drafter = arm.engine.drafter
+        if isinstance(drafter, FusedDrafter):
+            fused = {"sources": drafter.costs_and_gains(), "calibration_error": drafter.acceptance.calibration_error()}
+        arm.close()
+    over = {name: ratio(found, "fused", name) for name in found if name != "fused"}
+    return {
+        "concurrency": concurrency, "batches": len(found["plain"]["tokens"]), "arms": found, "fused": fused,
+        "fused_over": over,
+    }  # fmt: skip
+
+
+def _drafter(name: str, stores: Path, clock: PaperClock) -> Drafter:
+    if name == "fused":
+        return FusedDrafter(
+            [(part, PricedDrafter(single_drafter(part, stores), PRICES[part], clock)) for part in FUSED]
+        )
+    return PricedDrafter(single_drafter(name, stores), PRICES[name], clock)
+
+
+def main() -> None:
+    """Simulate and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--agents", nargs="*", type=Path, default=[])
+    parser.add_argument("--controls", nargs="*", type=Path, default=[])
+    parser.add_argument("--calls", type=int, default=3, help="of each agent source")
+    parser.add_argument("--control-calls", type=int, default=24, help="of each control source")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--response", type=int, default=80)
+    parser.add_argument("--agent-concurrency", default="1,16")
+    parser.add_argument("--concurrency", default="1,2,4,8,16,32", help="of the controls")
+    parser.add_argument("--stores", type=Path, required=True, help="as adaptive_speed --prepare made them")
+    parser.add_argument("--costs", type=Path, help="a measured cost table; without: a line of 10 ms + 0.6 ms a token")
+    parser.add_argument("--learn", action="store_true", help="the controller begins without the table")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    words = transformers.AutoTokenizer.from_pretrained(options.tokenizer)
+    clock = PaperClock()
+    use_clock(clock)
+    costs = CostModel.load(options.costs) if options.costs else line_table(10.0, 4, 0.6)
+    make = partial(paper_engine, vocab_size=len(words) + 128, costs=costs, clock=clock, is_known=not options.learn)
+    result: dict[str, Any] = {"step_ms": {str(n): costs.step_ms(n, 512, 1) for n in (1, 2, 4, 8, 16, 32, 64)}}
+    groups = (
+        ("agents", options.agents, options.agent_concurrency, options.calls),
+        ("controls", options.controls, options.concurrency, options.control_calls),
+    )
+    for group, paths, numbers, calls in groups:
+        if not paths:
+            continue
+        items = take_calls(paths, words, calls=calls, prompt=options.prompt, response=options.response, half=1)
+        result[group] = []
+        for number in map(int, numbers.split(",")):
+            lengths = ALONE if number == 1 else TOGETHER
+            singles = [f"{name}@{n}" for name, few in lengths.items() for n in few] if group == "agents" else []
+            mine = items if group == "agents" else items[: max(4 * number, 16)]
+            result[group].append(
+                run_paper(mine, ["plain", "fused", *singles], number, options.stores / group, make, clock)
+            )
+            report(result[group][-1])
+    if options.json:
+        write_json(options.json, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import pytest
+
+from specdec import controller_adaptive, engine
+from specdec.bench import adaptive_speed
+from specdec.bench.arms import EngineArm, Job
+from specdec.bench.paper_speed import PaperClock, PricedDrafter, line_table, paper_engine
+from specdec.drafters.fusion import FusedDrafter
+from specdec.drafters.ngram import NgramDrafter
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[PaperClock]:
+    made, before = PaperClock(), engine.perf_counter  # type: ignore[attr-defined]
+    adaptive_speed.use_clock(made)
+    yield made
+    adaptive_speed.use_clock(before)
+
+
+def speed(clock: PaperClock, *, is_plain: bool, copies: bool, concurrency: int) -> float:
+    """Tokens per simulated second of 3 x concurrency calls."""
+    rng = np.random.default_rng(0)
+    jobs = []
+    for _ in range(3 * concurrency):
+        prompt = rng.integers(0, 5000, 60)
+        answer = prompt if copies else rng.integers(0, 5000, 60)
+        jobs.append(Job(prompt.astype(np.int32), 60, answer.astype(np.int32)))
+    make = partial(paper_engine, vocab_size=5000, costs=line_table(10.0, 4, 0.6), clock=clock)
+
+    def fresh() -> FusedDrafter:
+        return FusedDrafter([("ngram", PricedDrafter(NgramDrafter(), (0.1, 0.3), clock))])
+
+    name = "none" if is_plain else fresh
+    arm = EngineArm("arm", make, name, budget=0 if is_plain else None, concurrency=concurrency)
+    tokens, seconds = adaptive_speed.decode_seconds(arm.run(jobs), concurrency)
+    arm.close()
+    return tokens / seconds
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_the_same_run_takes_the_same_time_to_the_last_digit(clock: PaperClock, concurrency: int) -> None:
+    first, again = (speed(clock, is_plain=False, copies=True, concurrency=concurrency) for _ in range(2))
+    assert first == pytest.approx(again, rel=1e-9)
+    assert first > 1.2 * speed(clock, is_plain=True, copies=True, concurrency=concurrency)
+
+
+@pytest.mark.parametrize("concurrency", [1, 8, 16])
+def test_texts_that_copy_nothing_are_as_fast_as_without_drafts(clock: PaperClock, concurrency: int) -> None:
+    plain = speed(clock, is_plain=True, copies=False, concurrency=concurrency)
+    assert speed(clock, is_plain=False, copies=False, concurrency=concurrency) > 0.97 * plain
+
+
+def test_the_clock_is_given_back() -> None:
+    assert controller_adaptive.AdaptiveController().plan([], None) == []  # type: ignore[arg-type]

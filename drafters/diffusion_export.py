@@ -11,7 +11,7 @@ from torch import Tensor
 from specdec.drafters.diffusion_head import DiffusionConfig
 from specdec.errors import ConfigError
 
-__all__ = ["new_weights", "published_form"]
+__all__ = ["new_weights", "published_form", "unstacked_weights"]
 
 
 def new_weights(
@@ -108,10 +108,11 @@ def published_form(
     else:
         nested = {"mask_token_id": config.mask_token_id, "target_layer_ids": ids}
         said |= {"architectures": ["DFlashDraftModel"], "dflash_config": nested}
-    return said, _unstacked(config, weights)
+    return said, unstacked_weights(config, weights)
 
 
-def _unstacked(config: DiffusionConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unstacked_weights(config: DiffusionConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by their published names, from those of `specdec.drafters.diffusion_head`."""
     stacked = ("kv_proj.weight", "kv_proj.bias", "k_norm.weight")
     published = {name: weight.detach().contiguous() for name, weight in weights.items() if name not in stacked}
     for layer in range(config.num_layers):

@@ -22,7 +22,7 @@ from specdec.drafters.checkpoint_files import draft_vocabulary, read_config, rea
 from specdec.drafters.diffusion_head import DiffusionConfig, MarkovKind
 from specdec.errors import LoadError
 
-__all__ = ["DiffusionFiles", "is_block_diffusion", "read_diffusion_files"]
+__all__ = ["DiffusionFiles", "is_block_diffusion", "read_diffusion_files", "stacked_weights"]
 
 _MARKOV = "markov_head.markov_w1.weight"
 _KINDS: tuple[MarkovKind, ...] = ("vanilla", "gated", "rnn")
@@ -45,6 +45,23 @@ def read_diffusion_files(path: Path) -> DiffusionFiles:
         LoadError: a file is missing, cut, no checkpoint, or holds a number that is none.
     """
     return DiffusionFiles(path, read_config(path), read_weights(path, lambda name: name.removeprefix("model.")))
+
+
+def stacked_weights(published: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    """Weights by the names of `specdec.drafters.diffusion_head` from the published ones; gradients pass."""
+    layers = [f"layers.{layer}.self_attn" for layer in range(num_layers)]
+    weights = {
+        name: weight
+        for name, weight in published.items()
+        if weight.is_floating_point() and not name.rpartition(".")[0].endswith(_STACKED)
+    }
+    for end in ("weight", "bias"):
+        if f"{layers[0]}.k_proj.{end}" in published:
+            pairs = [[published[f"{name}.{part}_proj.{end}"] for part in "kv"] for name in layers]
+            weights[f"kv_proj.{end}"] = torch.stack([torch.stack(pair) for pair in pairs])
+    if f"{layers[0]}.k_norm.weight" in published:
+        weights["k_norm.weight"] = torch.stack([published[f"{name}.k_norm.weight"] for name in layers])
+    return weights
 
 
 class DiffusionFiles:
@@ -142,19 +159,7 @@ class DiffusionFiles:
 
     def weights(self, config: DiffusionConfig) -> dict[str, Tensor]:
         """The weights by the names of `specdec.drafters.diffusion_head`."""
-        layers = [f"layers.{layer}.self_attn" for layer in range(config.num_layers)]
-        weights = {
-            name: weight
-            for name, weight in self.published.items()
-            if weight.is_floating_point() and not name.rpartition(".")[0].endswith(_STACKED)
-        }
-        for end in ("weight", "bias"):
-            if f"{layers[0]}.k_proj.{end}" in self.published:
-                pairs = [[self.published[f"{name}.{part}_proj.{end}"] for part in "kv"] for name in layers]
-                weights[f"kv_proj.{end}"] = torch.stack([torch.stack(pair) for pair in pairs])
-        if f"{layers[0]}.k_norm.weight" in self.published:
-            weights["k_norm.weight"] = torch.stack([self.published[f"{name}.k_norm.weight"] for name in layers])
-        return weights
+        return stacked_weights(self.published, config.num_layers)
 
     def _hidden_layers(self, num_layers: int) -> tuple[int, ...]:
         if self.is_speculators:

@@ -176,8 +176,8 @@ class DiffusionHead:
         return self._norm("norm", stream)
 
     def guessing_rows(self, outputs: Tensor) -> Tensor:
-        """[R, guesses, H] of blocks [R, rows, H]: the rows that guess, in order."""
-        return outputs if self.config.guesses_next else outputs[:, 1:]
+        """[..., guesses, H] of blocks [..., rows, H]: the rows that guess, in order."""
+        return outputs if self.config.guesses_next else outputs[..., 1:, :]
 
     def logits(self, outputs: Tensor) -> Tensor:
         """[..., D]: over the draft vocabulary, without the Markov head."""

@@ -93,9 +93,9 @@ def probe_diffusion(
         for config in _plausible(files.head_config(text_config), text_config):
             head = build_diffusion_head(files, target, config)
             states = torch.cat([lesson.states[layer] for layer in config.hidden_layers], dim=-1)
-            rows = head.guessing_rows(forward_blocks(head, states, ids, anchors))
-            logits, _ = teacher_forced(head, rows[:, :1], ids, anchors)
-            guesses = head.over_target(logits[:, 0], vocab_size).argmax(dim=-1)
+            rows = head.guessing_rows(forward_blocks(head, states[None], ids[None], anchors[None]))
+            logits, _ = teacher_forced(head, rows[:, :, :1], ids[None], anchors[None])
+            guesses = head.over_target(logits[0, :, 0], vocab_size).argmax(dim=-1)
             readings.append(Reading(config, float((guesses == lesson.truth[anchors - 1]).float().mean())))
     return readings
 

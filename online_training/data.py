@@ -52,17 +52,19 @@ class TrainBatch:
         weights: [B, T] float32, >= 0: how much it counts that this token is guessed right; 0: prompt and padding.
         states: [B, T, layers * H], the target's states that the drafter reads; None: computed when needed.
         last: [B, T, H], the input of the target's ``lm_head``; None: computed when needed.
+        seed: of whatever a drafter draws to learn from this batch (the anchors of blocks).
     """
 
     token_ids: Tensor
     weights: Tensor
     states: Tensor | None = None
     last: Tensor | None = None
+    seed: int = 0
 
     def to(self, device: torch.device) -> TrainBatch:
         """The same on a device."""
-        moved = [None if t is None else t.to(device) for t in (self.token_ids, self.weights, self.states, self.last)]
-        return TrainBatch(*moved)  # type: ignore[arg-type]  # the first two are never None
+        states, last = (None if one is None else one.to(device) for one in (self.states, self.last))
+        return TrainBatch(self.token_ids.to(device), self.weights.to(device), states, last, self.seed)
 
 
 def read_examples(
@@ -128,7 +130,7 @@ def _chat_ids(messages: Any, tokenizer: Any) -> tuple[list[int], int]:
     return list(whole), len(prompt)
 
 
-def collate(examples: Sequence[Example]) -> TrainBatch:
+def collate(examples: Sequence[Example], *, seed: int = 0) -> TrainBatch:
     """One batch, with weight 1 on every token of an answer."""
     width = max(len(example.token_ids) for example in examples)
     token_ids = torch.zeros(len(examples), width, dtype=torch.int64)
@@ -137,7 +139,7 @@ def collate(examples: Sequence[Example]) -> TrainBatch:
         length = len(example.token_ids)
         token_ids[row, :length] = torch.from_numpy(example.token_ids.astype(np.int64))
         weights[row, example.prompt_length : length] = 1.0
-    return TrainBatch(token_ids, weights)
+    return TrainBatch(token_ids, weights, seed=seed)
 
 
 class BatchOrder:

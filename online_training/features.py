@@ -67,7 +67,7 @@ class TargetFeatures:
         if batch.last is not None and (batch.states is not None or not self.layers):
             return batch
         if self._folder is None:
-            return TrainBatch(batch.token_ids, batch.weights, *self._compute(batch.token_ids))
+            return TrainBatch(batch.token_ids, batch.weights, *self._compute(batch.token_ids), batch.seed)
         lengths = [int(row.nonzero()[-1]) + 1 if bool(row.any()) else 0 for row in batch.weights]
         files = [
             self._folder / f"{blake2b(row[:length].cpu().numpy().tobytes(), digest_size=16).hexdigest()}.safetensors"
@@ -87,7 +87,7 @@ class TargetFeatures:
                     f"cannot read the cached states {file}: {error}; delete it to compute them anew"
                 ) from error
             states[row, :length], last[row, :length] = kept["states"], kept["last"]
-        return TrainBatch(batch.token_ids, batch.weights, states if self.layers else None, last)
+        return TrainBatch(batch.token_ids, batch.weights, states if self.layers else None, last, batch.seed)
 
     def _compute(self, token_ids: Tensor) -> tuple[Tensor | None, Tensor]:
         """States and last states; padding stands on the right, where causal attention cannot see it."""

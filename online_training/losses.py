@@ -148,7 +148,7 @@ def decay_weights(num_slots: int, rate: float, *, device: torch.device | None = 
 
 
 @torch.no_grad()
-def dpace_weights(label_probs: Tensor, *, smoothing: float = 0.5) -> Tensor:
+def dpace_weights(label_probs: Tensor, *, smoothing: float = 0.5, counts: Tensor | None = None) -> Tensor:
     """[..., K] weights of the slots of blocks: how much of the expected accepted length hangs on each (D-PACE).
 
     ``w_j = sum over m >= j of prod over i <= m of ((1 - a) q_i + a)``, arXiv 2605.18810.
@@ -156,6 +156,7 @@ def dpace_weights(label_probs: Tensor, *, smoothing: float = 0.5) -> Tensor:
     Args:
         label_probs: [..., K], what the drafter gave to the right token of each slot; no gradient flows into them.
         smoothing: a in [0, 1): 0 lets one hopeless slot silence all later ones.
+        counts: [..., K] bool: slots within the text; the others weigh nothing, and nothing hangs on them. None: all.
 
     Raises:
         ConfigError: ``smoothing`` is outside its range.
@@ -163,4 +164,6 @@ def dpace_weights(label_probs: Tensor, *, smoothing: float = 0.5) -> Tensor:
     if not 0 <= smoothing < 1:
         raise ConfigError(f"smoothing must be in [0, 1), got {smoothing}")
     reached = ((1 - smoothing) * label_probs + smoothing).cumprod(-1)
+    if counts is not None:
+        reached = reached * counts
     return reached.flip(-1).cumsum(-1).flip(-1)

@@ -128,7 +128,7 @@ class TrainRun:
         """The micro-batches of a step on this rank."""
         first = (step * self._ranks + self._rank) * self.options.accumulate
         indices = range(first, first + self.options.accumulate)
-        return [collate([self.examples[i] for i in self._order.at(index)]) for index in indices]
+        return [collate([self.examples[i] for i in self._order.at(index)], seed=index) for index in indices]
 
     def evaluate(self) -> StepReport:
         """The figures on the held-out examples."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,15 +15,22 @@ from specdec.commands.options import DeviceOption, JsonOption, ModelOption, Seed
 from specdec.errors import ConfigError
 
 if TYPE_CHECKING:
-    from specdec.online_training.train_loop import StepReport
-    from specdec.online_training.train_run import TrainRun
+    from specdec.online_training.train_loop import StepReport, TrainPlan
+    from specdec.online_training.train_run import RunOptions, TrainRun
+    from specdec.online_training.train_setup import DrafterPlan
 
 __all__ = ["train"]
 
-Kind = Literal["eagle3", "lm"]
+Kind = Literal["eagle3", "dflash", "dspark", "lm"]
 
 
-KindOption = Annotated[Kind, typer.Argument(help="eagle3: an EAGLE-3 head; lm: a small draft model.")]
+KindOption = Annotated[
+    Kind,
+    typer.Argument(
+        help="eagle3: an EAGLE-3 head; dflash, dspark: block-diffusion heads, dspark with a Markov and a confidence "
+        "head; lm: a small draft model."
+    ),
+]
 DataOption = Annotated[
     list[Path],
     typer.Option("--data", help="JSON lines: token_ids and prompt_length, messages, or prompt and response."),
@@ -34,7 +42,7 @@ WorkOption = Annotated[
 InitOption = Annotated[Path | None, typer.Option("--init", help="Begin from this drafter's weights.")]
 LayersOption = Annotated[
     str | None,
-    typer.Option("--layers", help="eagle3: whose states it reads, such as 2,16,29 of 32: entering these layers."),
+    typer.Option("--layers", help="Heads: whose states they read, such as 2,16,29 of 32: entering these layers."),
 ]
 LayoutOption = Annotated[
     Literal["speculators", "specforge"],
@@ -45,16 +53,51 @@ DraftVocabOption = Annotated[
 ]
 DepthOption = Annotated[
     int | None,
-    typer.Option("--depth", min=1, help="eagle3: steps of the training-time test, 7; lm: tokens looked ahead, 4."),
+    typer.Option(
+        "--depth",
+        min=1,
+        help="eagle3: steps of the training-time test, 7; dflash, dspark: tokens of a block, 15 and 7; lm: tokens "
+        "looked ahead, 4.",
+    ),
 ]
 NumLayersOption = Annotated[
-    int, typer.Option("--num-layers", min=1, help="lm: begin as so many first layers of the target.")
+    int | None,
+    typer.Option("--num-layers", min=1, help="dflash, dspark: layers, 5; lm: so many first ones of the target, 2."),
 ]
 LossOption = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--loss", help="forward_kl, reverse_kl, total_variation, cross_entropy, lk_alpha, lk_hybrid; a=0.1,b=0.9."
+        "--loss",
+        help="forward_kl, reverse_kl, total_variation, cross_entropy, lk_alpha, lk_hybrid; a=0.1,b=0.9; the published "
+        "one of the kind if omitted.",
     ),
+]
+BeginAsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--begin-as", help="dflash, dspark: layers of the target to begin as, such as 1,5; random if omitted."
+    ),
+]
+MaskTokenOption = Annotated[
+    int | None,
+    typer.Option("--mask-token", min=0, help="dflash, dspark: a token no text holds; the padding token if omitted."),
+]
+InnerSizeOption = Annotated[
+    int, typer.Option("--inner-size", min=0, help="dflash, dspark: width of the MLPs; 0: the target's.")
+]
+MarkovOption = Annotated[
+    Literal["none", "vanilla", "gated", "rnn"], typer.Option("--markov", help="dspark: kind of the Markov head.")
+]
+MarkovRankOption = Annotated[int, typer.Option("--markov-rank", min=1, help="dspark: of the Markov head.")]
+AnchorsOption = Annotated[int, typer.Option("--anchors", min=1, help="dflash, dspark: most blocks of a text and step.")]
+SlotWeightsOption = Annotated[
+    Literal["decay", "dpace"], typer.Option("--slot-weights", help="dflash, dspark: how a block's guesses are weighed.")
+]
+DecayOption = Annotated[
+    float, typer.Option("--decay", help="dflash, dspark: guess k weighs exp(-k / this); 7 for blocks of 16, 4 of 8.")
+]
+ConfidenceOption = Annotated[
+    float, typer.Option("--confidence", min=0.0, help="dspark: factor of the confidence head's loss; 0: no such head.")
 ]
 EpochsOption = Annotated[float, typer.Option("--epochs", help="Passes over the data.")]
 BatchTokensOption = Annotated[int, typer.Option("--batch-tokens", help="Tokens of a micro-batch, with padding.")]
@@ -95,8 +138,17 @@ def train(
     layout: LayoutOption = "speculators",
     draft_vocab: DraftVocabOption = None,
     depth: DepthOption = None,
-    num_layers: NumLayersOption = 2,
-    loss: LossOption = "forward_kl",
+    num_layers: NumLayersOption = None,
+    loss: LossOption = None,
+    begin_as: BeginAsOption = None,
+    mask_token: MaskTokenOption = None,
+    inner_size: InnerSizeOption = 0,
+    markov: MarkovOption = "vanilla",
+    markov_rank: MarkovRankOption = 256,
+    anchors: AnchorsOption = 512,
+    slot_weights: SlotWeightsOption = "decay",
+    decay: DecayOption = 4.0,
+    confidence: ConfidenceOption = 1.0,
     epochs: EpochsOption = 3.0,
     batch_tokens: BatchTokensOption = 4096,
     accumulate: AccumulateOption = 1,
@@ -120,7 +172,7 @@ def train(
     specdec train eagle3 --model path/to/model --data examples.jsonl --out head
 
     The examples' answers should be the target's own: specdec regenerate makes them. The drafter comes out as published
-    ones are laid out, and drafts as eagle:HEAD or lm:MODEL.
+    ones are laid out, and drafts as eagle:HEAD, diffusion:HEAD or lm:MODEL.
 
     On several devices: torchrun --nproc-per-node 4 -m specdec train ...
     """
@@ -128,8 +180,8 @@ def train(
 
     from specdec.online_training.losses import parse_mix
     from specdec.online_training.train_loop import TrainPlan
-    from specdec.online_training.train_run import RunOptions, TrainRun
-    from specdec.online_training.train_setup import DrafterPlan, build_module, join_group, length_limit, read_data
+    from specdec.online_training.train_run import RunOptions
+    from specdec.online_training.train_setup import BlockPlan, DrafterPlan, join_group
 
     if threads:
         torch.set_num_threads(threads)
@@ -137,28 +189,56 @@ def train(
         epochs=epochs, tokens_per_batch=batch_tokens, accumulate=accumulate, evaluate_every=evaluate_every,
         save_every=save_every, stop_after=stop_after, seed=seed,
     )  # fmt: skip
-    mix = parse_mix(loss)
-    chosen = _layers(layers)
+    blocks = BlockPlan(
+        begin_as=_layers(begin_as) or (), mask_token_id=mask_token, inner_size=inner_size, markov=markov,
+        rank=markov_rank, anchors=anchors, slot_weights=slot_weights, decay=decay, confidence=confidence,
+    )  # fmt: skip
+    shape = DrafterPlan(
+        kind=kind, layers=_layers(layers), layout=layout, draft_vocab=draft_vocab, depth=depth, num_layers=num_layers,
+        mix=None if loss is None else parse_mix(loss), init=init, seed=seed, blocks=blocks,
+    )  # fmt: skip
     plan = TrainPlan(1, learning_rate=lr, muon_lr=muon_lr, schedule=schedule, precision=precision)
     with join_group(device) as place:
-        loaded = load_model(model, dtype="float32", device=place, needs_tokenizer=False)
-        limit = length_limit(loaded.model, max_length)
-        shape = DrafterPlan(
-            kind=kind, layers=chosen, layout=layout, draft_vocab=draft_vocab, depth=depth, num_layers=num_layers,
-            mix=mix, init=init, max_length=limit, seed=seed,
+        run = _run(
+            shape, plan, options, model=model, data=data, work=work or out.with_name(f"{out.name}.work"),
+            max_length=max_length, cache=feature_cache, device=place, is_resumed=not fresh,
         )  # fmt: skip
-        examples = read_data(data, loaded.model, loaded.tokenizer, max_length=limit)
-        module, features = build_module(shape, loaded.model, loaded.tokenizer, examples, cache=feature_cache)
-        run = TrainRun(
-            module, features, examples, plan=plan, options=options, work=work or out.with_name(f"{out.name}.work"),
-            is_resumed=not fresh,
-        )  # fmt: skip
-        found = _follow(run)
-        if run.trainer.step < run.total_steps:
-            printing.note(f"stopped after step {run.trainer.step} of {run.total_steps}; the same command goes on")
-            return
-        run.export(out)
+        _finish(run, out, as_json=as_json)
+
+
+def _finish(run: TrainRun, out: Path, *, as_json: bool) -> None:
+    """Train on, and write the drafter when the schedule has ended."""
+    found = _follow(run)
+    if run.trainer.step < run.total_steps:
+        printing.note(f"stopped after step {run.trainer.step} of {run.total_steps}; the same command goes on")
+        return
+    run.export(out)
     _tell(found, out, as_json=as_json)
+
+
+def _run(
+    shape: DrafterPlan,
+    plan: TrainPlan,
+    options: RunOptions,
+    *,
+    model: str,
+    data: list[Path],
+    work: Path,
+    max_length: int | None,
+    cache: Path | None,
+    device: str,
+    is_resumed: bool,
+) -> TrainRun:
+    """The run, its target and its data loaded."""
+    from specdec.online_training.train_run import TrainRun
+    from specdec.online_training.train_setup import build_module, length_limit, read_data
+
+    loaded = load_model(model, dtype="float32", device=device, needs_tokenizer=False)
+    limit = length_limit(loaded.model, max_length)
+    examples = read_data(data, loaded.model, loaded.tokenizer, max_length=limit)
+    shape = replace(shape, max_length=limit)
+    module, features = build_module(shape, loaded.model, loaded.tokenizer, examples, cache=cache)
+    return TrainRun(module, features, examples, plan=plan, options=options, work=work, is_resumed=is_resumed)
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:

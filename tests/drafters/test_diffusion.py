@@ -51,8 +51,9 @@ def test_many_blocks_at_once_are_those_of_the_plain_reference(target: Any, check
     with torch.no_grad():
         hidden = target(ids[None], output_hidden_states=True).hidden_states
         states = torch.cat([hidden[layer][0] for layer in head.config.hidden_layers], -1)
-        rows = head.guessing_rows(forward_blocks(head, states, ids, anchors))
-        logits, confidences = teacher_forced(head, rows, ids, anchors)
+        rows = head.guessing_rows(forward_blocks(head, states[None], ids[None], anchors[None]))
+        found, chances_of = teacher_forced(head, rows, ids[None], anchors[None])
+        logits, confidences = found[0], None if chances_of is None else chances_of[0]
     for place, anchor in enumerate(anchors.tolist()):
         reference = Reference(dialect, checkpoints / dialect, target, text[: anchor + 1])
         path = text[anchor + 1 : anchor + head.config.num_guesses]
@@ -62,7 +63,7 @@ def test_many_blocks_at_once_are_those_of_the_plain_reference(target: Any, check
         if confidences is not None:
             assert torch.allclose(confidences[place].sigmoid(), torch.tensor(chances), atol=1e-5)
         assert bool(chances) == (confidences is not None)
-        labels = block_labels(head.config, ids, anchors)[place].tolist()
+        labels = block_labels(head.config, ids[None], anchors[None])[0, place].tolist()
         assert labels == text[anchor + 1 : anchor + 1 + head.config.num_guesses]
 
 

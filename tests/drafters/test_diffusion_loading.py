@@ -51,9 +51,9 @@ def trained_as(truth: Callable[[DiffusionConfig], DiffusionConfig], target: Any,
     optimiser = torch.optim.Adam([head.weights[name].requires_grad_(True) for name in names], lr=5e-3)
     with torch.enable_grad():
         for _ in range(120):
-            rows = head.guessing_rows(forward_blocks(head, states, ids, anchors))
-            logits, _ = teacher_forced(head, rows[:, :1], ids, anchors)
-            loss = torch.nn.functional.cross_entropy(logits[:, 0], wanted)
+            rows = head.guessing_rows(forward_blocks(head, states[None], ids[None], anchors[None]))
+            logits, _ = teacher_forced(head, rows[:, :, :1], ids[None], anchors[None])
+            loss = torch.nn.functional.cross_entropy(logits[0, :, 0], wanted)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -105,7 +105,7 @@ def test_a_biased_projection_and_a_prefix_are_read(target: Any, tmp_path: Path) 
         head = build_diffusion_head(files, target, files.head_config(target.config))
         assert ("kv_proj.bias" in head.weights) == (path is biased)
         with torch.no_grad():
-            found.append(forward_blocks(head, torch.ones(20, 96), ids, anchors))
+            found.append(forward_blocks(head, torch.ones(1, 20, 96), ids[None], anchors[None]))
     assert torch.equal(*found)
 
 

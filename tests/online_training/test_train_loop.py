@@ -20,7 +20,7 @@ from specdec.online_training.features import TargetFeatures
 from specdec.online_training.regenerate import regenerate
 from specdec.online_training.train_loop import Trainer, TrainPlan
 from specdec.online_training.train_run import RunOptions, TrainRun
-from specdec.online_training.train_setup import DrafterPlan, build_module
+from specdec.online_training.train_setup import BlockPlan, DrafterPlan, build_module
 from specdec.types import Request, SamplingParams
 from tests.tiny_models import tiny_llama
 
@@ -52,6 +52,14 @@ def answers() -> list[Example]:
 
 PLANS = {
     "eagle3": DrafterPlan("eagle3", layers=(0, 1, 2), depth=3),
+    "dspark": DrafterPlan(
+        "dspark",
+        layers=(0, 1),
+        depth=3,
+        num_layers=1,
+        mix={"forward_kl": 1.0},
+        blocks=BlockPlan(rank=8, mask_token_id=256, anchors=16),
+    ),
     "lm": DrafterPlan("lm", num_layers=1, init=None),
 }
 
@@ -60,8 +68,8 @@ def run_of(kind: str, answers: list[Example], work: Path, **options: object) -> 
     plan = TrainPlan(
         1,
         schedule="constant",
-        learning_rate=2e-2 if kind == "eagle3" else 3e-3,
-        muon_lr=0.05 if kind == "eagle3" else 0.0,
+        learning_rate=3e-3 if kind == "lm" else 2e-2,
+        muon_lr=0.0 if kind == "lm" else 0.05,
     )
     module, features = build_module(PLANS[kind], walking_target(), None, answers)
     settings = RunOptions(tokens_per_batch=400, epochs=4, heldout=0.1, **options)  # type: ignore[arg-type]
@@ -99,8 +107,10 @@ def test_a_drafter_learns_its_targets_own_words_and_drafts_them(kind: str, answe
     assert before.loss > 1.2 * after.loss
     assert after.acceptance_length > 1.5
     run.export(tmp_path / "drafter")
-    name = f"{'eagle' if kind == 'eagle3' else 'lm'}:{tmp_path / 'drafter'}"
-    options = {"top_k": 1, "depth": 3, "min_gain": 0.0, **({"width": 1} if kind == "lm" else {})}
+    name = f"{ {'eagle3': 'eagle', 'dspark': 'diffusion', 'lm': 'lm'}[kind] }:{tmp_path / 'drafter'}"
+    options: dict[str, float] = {"top_k": 1}
+    if kind != "dspark":
+        options |= {"depth": 3, "min_gain": 0.0, **({"width": 1} if kind == "lm" else {})}
     prompts = [answer.token_ids[: answer.prompt_length] for answer in answers]
     with build_engine(walking_target(), name, budget=3, drafter_options=options) as engine:
         sampling = SamplingParams(max_new_tokens=40)
@@ -109,7 +119,7 @@ def test_a_drafter_learns_its_targets_own_words_and_drafts_them(kind: str, answe
             engine.step()
     texts = {tuple(answer.token_ids.tolist()) for answer in answers}
     assert {tuple(state.token_ids.tolist()) for state in states} == texts
-    if kind == "lm":
+    if kind != "eagle3":
         assert 1 + sum(s.num_accepted for s in states) / sum(s.num_steps for s in states) > 2.0
 
 
@@ -201,16 +211,16 @@ from specdec.online_training.train_setup import join_group
 from specdec.online_training.data import collate
 from tests.online_training.test_train_loop import two_steps
 with join_group("cpu"):
-    two_steps(Path(r"{folder}"), rank=int(sys.argv[1]), ranks=2)
+    two_steps(Path(r"{folder}"), kind="{kind}", rank=int(sys.argv[1]), ranks=2)
 """
 
 
-def two_steps(folder: Path, *, rank: int, ranks: int) -> None:
+def two_steps(folder: Path, *, kind: str, rank: int, ranks: int) -> None:
     """Three steps on shared batches, the last after a checkpoint; rank 0 writes the weights."""
     examples = [Example(np.arange(3 + i, 23 + i, dtype=np.int32), 2) for i in range(4)]
     plan = TrainPlan(3, learning_rate=1e-2)
     for part in range(2):
-        module, features = build_module(PLANS["eagle3"], walking_target(), None, examples)
+        module, features = build_module(PLANS[kind], walking_target(), None, examples)
         trainer = Trainer(module, features, plan)
         if part:
             trainer.resume(folder / "checkpoint.pt")
@@ -221,18 +231,19 @@ def two_steps(folder: Path, *, rank: int, ranks: int) -> None:
 
 
 @pytest.mark.slow  # two processes that import everything: half a minute on a busy machine
-def test_two_processes_train_what_one_does(tmp_path: Path):
+@pytest.mark.parametrize("kind", ["eagle3", "dspark"])
+def test_two_processes_train_what_one_does(kind: str, tmp_path: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (tmp_path / "two").mkdir()
-    code = RANK.format(port=port, folder=tmp_path / "two")
+    code = RANK.format(port=port, kind=kind, folder=tmp_path / "two")
     ranks = [
         subprocess.Popen([sys.executable, "-c", code, str(i)], stderr=subprocess.PIPE, text=True, cwd=Path.cwd())
         for i in range(2)
     ]
     (tmp_path / "one").mkdir()
-    two_steps(tmp_path / "one", rank=0, ranks=1)
+    two_steps(tmp_path / "one", kind=kind, rank=0, ranks=1)
     for rank in ranks:
         _, errors = rank.communicate(timeout=120)
         assert rank.returncode == 0, errors

@@ -7,15 +7,18 @@ captured to a spool. `specdec traind` runs beside it and publishes versions to a
 serving process tries them on a share of the requests and promotes them. Nothing else is known to the head: its weights
 are random but for the target's own `lm_head`. Every figure is of served requests, none of them simulated.
 
-`--pool N` serves the same N prompts again and again, as automated clients do; without it no prompt comes twice.
-`--shift-after N` changes the traffic from A (edits of held-out code) to B (plain continuation of held-out files) after
-N requests, and back to A after as many again.
+Traffic A is `--project N`: an agent at work on one small project, edit after edit, each of a kind and a place drawn at
+random, on N held-out functions that fit a prompt. With `--project 0` no function comes twice on purpose, and
+`--pool N` serves the same N prompts again and again, as automated clients do. `--shift-after N` changes to traffic B
+(plain continuation of held-out files) after N requests, and back to A after as many again. Requests arrive at
+`--per-minute`, at most; what the two processes had of the CPU is written beside the curve.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import random
 import subprocess
 import sys
 import tempfile
@@ -26,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
-from specdec.bench.edit_tasks import heldout_files, heldout_tasks
+from specdec.bench.edit_tasks import heldout_files, heldout_snippets, heldout_tasks, make_task
 from specdec.bench.measure import write_json
 from specdec.bench.tiny_eval import edit_prompt, load_model
 from specdec.build import build_engine, load_drafter
@@ -49,6 +53,7 @@ _MAX_PROMPT = 320  # tokens
 _TRAIND = (
     "--depth", "3", "--lr", "1e-3", "--muon-lr", "0.03", "--clip", "1.0", "--ema", "0.9", "--prompt-weight", "1.0",
     "--tokens-per-step", "1000", "--publish-steps", "15", "--heldout", "10", "--threads", "1", "--always",
+    "--rehearse",
 )  # fmt: skip
 GUARD = GuardOptions(canary_share=0.5, min_requests=8, max_requests=40, shadow_share=0.1, min_seconds=0.0)
 
@@ -68,6 +73,19 @@ class Traffic:
         """Edit tasks on held-out code, as chat messages."""
         for part in itertools.count():
             for task in heldout_tasks(100, seed=1000 * self._seed + part + 1, min_lines=8, max_lines=25):
+                yield edit_prompt(self._tokenizer, task.user)
+
+    def project(self, num_functions: int) -> Iterator[list[int]]:
+        """Edit after edit, each of a kind and a place drawn at random, on the functions of one small project.
+
+        The functions are held-out ones; the same prompt comes twice only where the same edit is drawn again.
+        """
+        rng = random.Random(f"project-{self._seed}")
+        found = heldout_snippets(min_lines=8, max_lines=25)
+        functions = rng.sample(found, min(num_functions, len(found)))
+        while True:
+            task = make_task(rng, *rng.choice(functions))
+            if task is not None:
                 yield edit_prompt(self._tokenizer, task.user)
 
     def continuations(self) -> Iterator[list[int]]:
@@ -90,10 +108,13 @@ class _Point:
     steps: int
     version: int
     traffic: str
+    is_repeated: bool
+    server_cpu: float
+    trainer_cpu: float
 
 
-def _stream(traffic: Traffic, shift_after: int, pool: int) -> Iterator[tuple[str, list[int]]]:
-    sources = {"A": traffic.edits(), "B": traffic.continuations()}
+def _stream(traffic: Traffic, shift_after: int, pool: int, project: int) -> Iterator[tuple[str, list[int]]]:
+    sources = {"A": traffic.project(project) if project else traffic.edits(), "B": traffic.continuations()}
     fitting = {name: (ids for ids in source if len(ids) <= _MAX_PROMPT) for name, source in sources.items()}
     pools = {name: [next(source) for _ in range(pool)] for name, source in fitting.items()} if pool else {}
     for count in itertools.count():
@@ -125,47 +146,66 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             Spool(folder / "spool"), consent=Consent(frozenset({"bench"})), hashes=KeyedHash(bytes(32)), target=target,
             options=CaptureOptions(shard_s=5.0), drafter_of=lambda name: ("registry", drafter.version_of(name)),
         )  # fmt: skip
-        points = _serve(args, model, tokenizer, drafter, capture)
+        points = _serve(args, model, tokenizer, drafter, capture, psutil.Process(daemon.pid))
         guardian.stop()
         capture.close()
     finally:
         daemon.terminate()
         daemon.wait(60)
     events = [dict(event) for event in registry.state().events]
-    return {"requests": [[round(p.seconds, 1), p.tokens, p.steps, p.version, p.traffic] for p in points], "events": [
-        {"what": event["what"], "version": event["version"], "why": event["why"]} for event in events
-    ]}  # fmt: skip
+    return {
+        "columns": ["seconds", "tokens", "steps", "version", "traffic", "is_repeated", "server_cpu_s", "trainer_cpu_s"],
+        "requests": [
+            [round(p.seconds, 1), p.tokens, p.steps, p.version, p.traffic, p.is_repeated, round(p.server_cpu, 1),
+             round(p.trainer_cpu, 1)] for p in points
+        ],
+        "events": [{"what": event["what"], "version": event["version"], "why": event["why"]} for event in events],
+    }  # fmt: skip
 
 
 def _serve(
-    args: argparse.Namespace, model: Any, tokenizer: Any, drafter: VersionedDrafter, capture: TraceCapture
+    args: argparse.Namespace,
+    model: Any,
+    tokenizer: Any,
+    drafter: VersionedDrafter,
+    capture: TraceCapture,
+    trainer: psutil.Process,
 ) -> list[_Point]:
-    """Keep ``batch`` requests in flight until time or requests are used up."""
+    """Let requests come in until time or requests are used up, and finish them."""
     points: list[_Point] = []
-    live: dict[str, tuple[str, int]] = {}
-    stream = _stream(Traffic(tokenizer, seed=args.seed), args.shift_after, args.pool)
-    started, count = time.monotonic(), 0
+    live: dict[str, tuple[str, int, bool]] = {}
+    stream = _stream(Traffic(tokenizer, seed=args.seed), args.shift_after, args.pool, args.project)
+    seen: set[tuple[int, ...]] = set()
+    started, own, count = time.monotonic(), time.process_time(), 0
     with build_engine(
         model, drafter, budget=args.budget, tokenizer=tokenizer, max_batch_size=args.batch, observers=[capture]
     ) as engine:
-        while live or (count < args.requests and time.monotonic() - started < 60 * args.minutes):
-            is_open = count < args.requests and time.monotonic() - started < 60 * args.minutes
-            while is_open and len(live) < args.batch and count < args.requests:
+        while True:
+            now = time.monotonic() - started
+            is_open = count < args.requests and now < 60 * args.minutes
+            if not is_open and not live:
+                return points
+            while is_open and len(live) < args.batch and count < min(args.requests, now * args.per_minute / 60 + 1):
                 traffic, ids = next(stream)
                 sampling = SamplingParams(max_new_tokens=args.new_tokens, temperature=args.temperature, seed=count)
                 request = Request(f"r{args.seed}-{count}", np.array(ids, dtype=np.int32), sampling, "bench")
                 engine.submit(request)
-                live[request.request_id] = traffic, drafter.version_of(request.request_id)
+                live[request.request_id] = traffic, drafter.version_of(request.request_id), tuple(ids) in seen
+                seen.add(tuple(ids))
                 count += 1
+            if not live:
+                time.sleep(0.05)
+                continue
             for output in engine.step():
                 if output.finish_reason is not None:
-                    traffic, version = live.pop(output.request_id)
                     state: RequestState = output.state
-                    now = time.monotonic() - started
-                    points.append(_Point(now, state.num_output_tokens, state.num_steps, version, traffic))
+                    traffic, version, is_repeated = live.pop(output.request_id)
+                    points.append(_Point(
+                        time.monotonic() - started, state.num_output_tokens, state.num_steps, version, traffic,
+                        is_repeated, time.process_time() - own, sum(trainer.cpu_times()[:2]),
+                    ))  # fmt: skip
             if args.pause_ms:
                 time.sleep(args.pause_ms / 1e3)  # a server that is not busy all the time leaves room to learn
-    return points
 
 
 def summarize(requests: list[list[Any]], *, bins: int = 30) -> list[dict[str, Any]]:
@@ -180,6 +220,9 @@ def summarize(requests: list[list[Any]], *, bins: int = 30) -> list[dict[str, An
                 "acceptance_length": round(sum(r[1] for r in some) / sum(r[2] for r in some), 3),
                 "version": max(r[3] for r in some),
                 "traffic": some[-1][4],
+                "repeated_prompts": sum(r[5] for r in some),
+                "server_cpu_s": some[-1][6],
+                "trainer_cpu_s": some[-1][7],
             }
         )
     return rows
@@ -199,6 +242,8 @@ def main() -> None:
     parser.add_argument("--pause-ms", type=float, default=0.0)
     parser.add_argument("--shift-after", type=int, default=0)
     parser.add_argument("--pool", type=int, default=0, help="so many different prompts, again and again; 0: all differ")
+    parser.add_argument("--project", type=int, default=32, help="functions of the project; 0: no project")
+    parser.add_argument("--per-minute", type=float, default=12.0, help="requests that arrive, evenly")
     parser.add_argument("--traind", default="", help="more options of `specdec traind`, in one word")
     parser.add_argument("--init", type=Path, help="a head to begin from")
     parser.add_argument("--static", action="store_true", help="never swap: the first version serves to the end")

@@ -53,6 +53,7 @@ class DaemonOptions:
         keep_versions: how many old versions are kept.
         worker: name under which shards are leased.
         mix: where a step's text comes from.
+        rehearses: while no shard waits, learn on from what is remembered; for traffic that is scarcer than time.
         seed: of all draws.
     """
 
@@ -63,6 +64,7 @@ class DaemonOptions:
     keep_versions: int = 5
     worker: str = "traind"
     mix: ReplayMix = field(default_factory=ReplayMix)
+    rehearses: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -128,7 +130,7 @@ class TrainDaemon:
         self._parent = 0
         self._own: set[int] = set()  # versions published here
         self._next_publication = self.options.publish_steps
-        self._saved = time.monotonic()
+        self._saved, self._saved_step = time.monotonic(), self._learner.step
         self._recover()
 
     def run(self, stop: threading.Event, *, idle_s: float = 0.5) -> None:
@@ -146,7 +148,7 @@ class TrainDaemon:
         self.ledger.close()
 
     def step(self) -> bool:
-        """Learn from one shard; False if there was none."""
+        """Learn from one shard, or rehearse; False if there was neither a shard nor anything to rehearse."""
         self._follow_registry()
         lease = self._transport.lease(self.options.worker)
         if lease is not None:
@@ -154,11 +156,22 @@ class TrainDaemon:
                 self._transport.ack(self.options.worker, lease.shard_id)
                 return True
             self._take(lease)
-        if self._learned and time.monotonic() - self._saved >= self.options.checkpoint_s:
+        has_worked = lease is not None or self._rehearse()
+        if has_worked and time.monotonic() - self._saved >= self.options.checkpoint_s:
             self.save()
         if self._learner.step >= self._next_publication:
             self.publish()
-        return lease is not None
+        return has_worked
+
+    def _rehearse(self) -> bool:
+        """One step on remembered requests alone, where that is wanted and still pays."""
+        share = self.options.mix.new
+        if not self.options.rehearses or share == 1 or (self._gate is not None and not self._gate.is_open):
+            return False
+        old = self.pool.draw(self._learner.step, round(self.options.tokens_per_step * share / (1 - share)))
+        if old:
+            self._work_on(old)
+        return bool(old)
 
     def _take(self, lease: Lease) -> None:
         records = [record for record in lease.records if record.target == self._target and len(record.token_ids) > 3]
@@ -169,9 +182,8 @@ class TrainDaemon:
             self.status.num_skipped += 1
         else:
             for batch in _batches(taught, round(self.options.tokens_per_step * self.options.mix.new)):
-                started = time.monotonic()
-                self._learn(batch)
-                time.sleep((time.monotonic() - started) * (1 / self._duty - 1))
+                old = self.pool.draw(self._learner.step, sum(len(record.token_ids) for record in batch))
+                self._work_on([*batch, *old])
         self.pool.add(lease.shard_id, taught)
         self._learned.append((lease.shard_id, len(records), sum(len(record.token_ids) for record in records)))
         self._window.append(lease.shard_id)
@@ -179,17 +191,19 @@ class TrainDaemon:
         self.status.num_shards += 1
         self.pool.keep_only(self._transport.kept(sorted(self.pool.shard_ids)))  # what was deleted is forgotten here too
 
-    def _learn(self, new: Sequence[TraceRecord]) -> None:
-        old = self.pool.draw(self._learner.step, sum(len(record.token_ids) for record in new))
-        report = self._learner.learn([*new, *old])
+    def _work_on(self, records: Sequence[TraceRecord]) -> None:
+        """One step, and then as much rest as ``duty`` asks for."""
+        started = time.monotonic()
+        report = self._learner.learn(records)
         self.status.num_steps += 1
         self.status.loss = report.loss
         self._transport.keep_alive(self.options.worker)
         self._report(self.status)
+        time.sleep((time.monotonic() - started) * (1 / self._duty - 1))
 
     def save(self) -> None:
         """Checkpoint, ledger, acknowledgement: in this order."""
-        if self._learned:
+        if self._learned or self._learner.step > self._saved_step:
             state = {
                 "learner": self._learner.state(),
                 "shards": [list(one) for one in self._learned],
@@ -202,7 +216,7 @@ class TrainDaemon:
             }
             _replace(self._work / _CHECKPOINT, state)
             self._enter(self._learned)
-            self._learned = []
+            self._learned, self._saved_step = [], self._learner.step
         self._saved = time.monotonic()
 
     def _enter(self, shards: Sequence[tuple[str, int, int]]) -> None:
@@ -218,6 +232,7 @@ class TrainDaemon:
             self._window, self._tenants = list(state["window"]), set(state["tenants"])
             self._published, self._parent = state["published"], int(state["parent"])
             self._own, self._next_publication = set(state["own"]), int(state["next_publication"])
+            self._saved_step = self._learner.step
             self._enter([(name, int(records), int(tokens)) for name, records, tokens in state["shards"]])
         for shard_id in self._transport.held(self.options.worker):
             if self.ledger.has(shard_id):

@@ -35,7 +35,7 @@ class OnlinePlan:
         init: a checkpoint to begin from; None: see ``start``.
         start: ``random``: every weight of an EAGLE head is random but its ``lm_head``, which is the target's;
             ``copying``: a head that copies, see ``specdec.online_training.train_start``. A draft model of ``random``
-            weights keeps the target's embedding and head.
+            weights keeps the target's embedding, last norm and head.
         layers: whose states a new head reads; None: 0, N // 2, N - 1.
         depth: levels that a head is unrolled in training.
         num_layers: of a new draft model.
@@ -90,8 +90,8 @@ def _draft_model(plan: OnlinePlan, target: PreTrainedModel) -> PreTrainedModel:
     if plan.start == "random":
         generator = torch.Generator().manual_seed(plan.seed)
         for name, weight in small.named_parameters():
-            if ".layers." in name and weight.ndim == 2:
-                weight.data.copy_(_drawn(weight, generator))
+            if ".layers." in name:
+                weight.data.copy_(_drawn(weight, generator) if weight.ndim == 2 else torch.ones_like(weight))
     return small
 
 

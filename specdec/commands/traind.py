@@ -44,6 +44,10 @@ def traind(
     tokens_per_step: Annotated[int, typer.Option("--tokens-per-step", min=1, help="Replay included.")] = 4096,
     publish_steps: Annotated[int, typer.Option("--publish-steps", min=1, help="Steps between versions.")] = 50,
     heldout: Annotated[int, typer.Option("--heldout", min=1, help="Newest requests that versions are judged on.")] = 48,
+    rehearses: Annotated[
+        bool, typer.Option("--rehearse", help="While no traces wait, learn on from remembered ones.")
+    ] = False,
+    layers: Annotated[int, typer.Option("--layers", min=1, help="Of a new draft model, kind lm.")] = 1,
     duty: Annotated[float, typer.Option("--duty", help="Share of the time to work, beside a server: 0 to 1.")] = 1.0,
     threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: as many as usual.")] = 0,
     is_tireless: Annotated[bool, typer.Option("--always", help="Learn also when nothing is gained by it.")] = False,
@@ -63,7 +67,7 @@ def traind(
     loaded = load_model(model, dtype="float32", device=device)
     target = modules.fingerprint(loaded.model)
     plan = modules.OnlinePlan(
-        kind=kind, init=init, start=start, depth=depth,
+        kind=kind, init=init, start=start, depth=depth, num_layers=layers,
         learner=modules.LearnerOptions(
             learning_rate=learning_rate, muon_lr=muon_lr, clip=clip, ema=ema, rejected_weight=rejected_weight,
             counterfactual=counterfactual, prompt_weight=prompt_weight,
@@ -80,7 +84,8 @@ def traind(
     daemon = modules.TrainDaemon(
         modules.open_transport(spool), versions, learner, target=target, work=work or registry / "work",
         options=modules.DaemonOptions(
-            tokens_per_step=tokens_per_step, publish_steps=publish_steps, mix=modules.ReplayMix(num_heldout=heldout)
+            tokens_per_step=tokens_per_step, publish_steps=publish_steps, mix=modules.ReplayMix(num_heldout=heldout),
+            rehearses=rehearses,
         ),
         gate=None if is_tireless else modules.TrainGate(), report=_Reporter(), duty=duty,
     )  # fmt: skip

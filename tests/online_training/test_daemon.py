@@ -257,6 +257,32 @@ def test_a_sleeping_daemon_remembers_and_does_not_learn(tmp_path: Path) -> None:
     daemon.close()
 
 
+def test_a_rehearsing_daemon_learns_on_from_what_it_remembers_until_nothing_is_gained(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    spool.put([numbered(1)])
+    learner, gate = JudgedLearner(), TrainGate()
+    daemon = daemon_at(tmp_path, learner, gate, rehearses=True)
+    assert [daemon.step() for _ in range(4)] == [True] * 4
+    assert learner.step == 4
+    assert {name for batch in learner.batches for name in batch} == {f"{1:032x}"}
+    assert daemon.ledger.totals()[0] == 1  # rehearsed, but counted once
+    gate.is_open = False
+    assert not daemon.step()
+    assert learner.step == 4
+    again = daemon_at(tmp_path, third := JudgedLearner())
+    assert third.step == 4  # rehearsals are in the checkpoint
+    assert not again.step()
+    again.close()
+    daemon.close()
+
+
+def test_a_daemon_that_does_not_rehearse_waits(tmp_path: Path) -> None:
+    Spool(tmp_path / "spool").put([numbered(1)])
+    daemon = daemon_at(tmp_path)
+    assert [daemon.step(), daemon.step()] == [True, False]
+    daemon.close()
+
+
 def test_wrong_options_are_named() -> None:
     with pytest.raises(ConfigError, match="must be >= 0 and make 1"):
         ReplayMix(new=0.5, reservoir=0.5, anchors=0.5)

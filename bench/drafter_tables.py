@@ -16,8 +16,8 @@ def model_drafters_table(result: Mapping[str, Any]) -> str:
     rows: Sequence[Mapping[str, Any]] = result["rows"]
     found = {(row["arm"], row["batch"], row["text"], row["temperature"]): row for row in rows}
     lines = [
-        "| drafter | batch | edits, T=0 | edits, T=0.8 | free code, T=0 | free code, T=0.8 |",
-        "|---|---|---|---|---|---|",
+        "| drafter | batch | edits, T=0 | edits, T=0.8 | free code, T=0 | free code, T=0.8 | both, T=0 |",
+        "|---|---|---|---|---|---|---|",
     ]
     for arm in dict.fromkeys(row["arm"] for row in rows):
         for batch in sorted({row["batch"] for row in rows}):
@@ -25,8 +25,14 @@ def model_drafters_table(result: Mapping[str, Any]) -> str:
             for text, temperature in _COLUMNS:
                 row = found.get((arm, batch, text, temperature))
                 cells.append("" if row is None else _cell(row, found.get(("plain", batch, text, temperature))))
-            lines.append(f"| {arm} | {batch} | {' | '.join(cells)} |")
+            greedy = [row for text in ("edits", "free code") if (row := found.get((arm, batch, text, 0.0)))]
+            lines.append(f"| {arm} | {batch} | {' | '.join(cells)} | {_pooled(greedy):.2f} |")
     return "\n".join(lines) + "\n"
+
+
+def _pooled(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Acceptance length over all steps of several rows."""
+    return sum(row["acceptance_length"] * row["steps"] for row in rows) / sum(row["steps"] for row in rows)
 
 
 def _cell(row: Mapping[str, Any], plain: Mapping[str, Any] | None) -> str:

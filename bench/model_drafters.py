@@ -4,13 +4,14 @@
 
 The draft models are the model itself (the most that a draft model can be accepted, at the price of the target), the
 same in groups of layers, its first three layers (early exit, not trained for it), and the trained head and draft model
-under ``bench/tiny_drafters`` where these are there. N-gram lookup stands beside them.
+under ``bench/tiny_drafters`` where these are there. N-gram lookup stands beside them. The bundled model has no
+multi-token-prediction layers.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter, process_time
@@ -26,24 +27,12 @@ from specdec.bench.tiny_eval import edit_prompt, load_model
 from specdec.build import build_engine
 from specdec.types import IntArray, Request, SamplingParams
 
-__all__ = ["early_exit", "main", "measure"]
+__all__ = ["main", "measure"]
 
 _TINY = Path(__file__).parent / "tiny"
 _CHAIN = "top_k=1&width=1&depth=4&min_gain=0"
 _BUDGET = {"chain": 4, "tree": 12}
 _TRAINED = Path(__file__).parent / "tiny_drafters"
-
-
-def early_exit(model: Any, num_layers: int, folder: Path) -> Path:
-    """Write the first layers of a model, with its embedding, last norm and head, as a model of its own."""
-    config = model.config.__class__.from_dict(
-        {**model.config.to_dict(), "num_hidden_layers": num_layers, "layer_types": ["full_attention"] * num_layers}
-    )
-    small = type(model)(config)
-    kept = {name: value for name, value in model.state_dict().items() if name in small.state_dict()}
-    small.load_state_dict(kept)
-    small.to(model.dtype).save_pretrained(folder)
-    return folder
 
 
 def measure(model: Any, tokenizer: Any, drafter: str, prompts: Sequence[IntArray], **options: Any) -> dict[str, float]:
@@ -66,22 +55,23 @@ def measure(model: Any, tokenizer: Any, drafter: str, prompts: Sequence[IntArray
     }
 
 
-def _arms(exit_path: Path) -> dict[str, dict[str, Any]]:
+def _arms() -> dict[str, dict[str, Any]]:
     whole = f"lm:{_TINY}?"
-    short = {"drafter": f"lm:{exit_path}?{_CHAIN}", "budget": _BUDGET["chain"]}
+    short = {"drafter": f"early-exit:3?{_CHAIN}", "budget": _BUDGET["chain"]}
     trained: dict[str, dict[str, Any]] = {}
     if (_TRAINED / "eagle3").is_dir():
         head = f"eagle:{_TRAINED / 'eagle3'}"
         trained |= {
-            "EAGLE-3, chain of 4": {"drafter": f"{head}?top_k=1&depth=4", "budget": 4},
-            "EAGLE-3, tree of 12": {"drafter": f"{head}?top_k=4&depth=5", "budget": 12},
-            "EAGLE-3, tree of 59": {"drafter": f"{head}?top_k=10&depth=7", "budget": 59},
+            "EAGLE-3, chain of 4": {"drafter": f"{head}?probe=0&top_k=1&depth=4", "budget": 4},
+            "EAGLE-3, tree of 12": {"drafter": f"{head}?probe=0&top_k=4&depth=5", "budget": 12},
+            "EAGLE-3, tree of 59": {"drafter": f"{head}?probe=0&top_k=10&depth=7", "budget": 59},
         }
     if (_TRAINED / "lm").is_dir():
         trained["draft model, chain of 4"] = {"drafter": f"lm:{_TRAINED / 'lm'}?{_CHAIN}", "budget": 4}
-    return trained | {
+    return {
         "plain": {"drafter": "none", "budget": 0},
         "n-gram, chain of 4": {"drafter": "ngram", "budget": 4},
+        **trained,
         "itself, chain of 4": {"drafter": whole + _CHAIN, "budget": _BUDGET["chain"]},
         "itself, tree of 12": {"drafter": whole + "top_k=3&width=3&depth=4&min_gain=0", "budget": _BUDGET["tree"]},
         "itself, stops by gain": {"drafter": whole + "top_k=3&width=3&depth=8&min_gain=0.6", "budget": _BUDGET["tree"]},
@@ -109,20 +99,19 @@ def main() -> None:
     edits = [edit_prompt(tokenizer, task.user) for task in heldout_tasks(args.prompts)]
     free = [tokenizer(file.text[:600])["input_ids"] for file in heldout_files()[: args.prompts]]
     results: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        arms = _arms(early_exit(model, 3, Path(folder)))
-        for kind, prompts in (("edits", edits), ("free code", free)):
-            texts = [np.array(ids[-1500:], dtype=np.int32) for ids in prompts]
-            for temperature in (0.0, 0.8):
-                for batch in args.batches:
-                    for arm, options in arms.items():
-                        if args.arms and not any(arm.startswith(name) for name in args.arms):
-                            continue
-                        shape = {"batch": batch, "temperature": temperature, "num_new": args.new_tokens}
-                        row = measure(model, tokenizer, prompts=texts, **options, **shape)
-                        if args.counts_only:
-                            del row["tokens_per_second"]
-                        results.append({"text": kind, "arm": arm, "batch": batch, "temperature": temperature, **row})
+    arms = {
+        arm: options
+        for arm, options in _arms().items()
+        if not args.arms or any(arm.startswith(name) for name in args.arms)
+    }
+    for kind, prompts in (("edits", edits), ("free code", free)):
+        texts = [np.array(ids[-1500:], dtype=np.int32) for ids in prompts]
+        for temperature, batch, (arm, options) in itertools.product((0.0, 0.8), args.batches, arms.items()):
+            shape = {"batch": batch, "temperature": temperature, "num_new": args.new_tokens}
+            row = measure(model, tokenizer, prompts=texts, **options, **shape)
+            if args.counts_only:
+                del row["tokens_per_second"]
+            results.append({"text": kind, "arm": arm, "batch": batch, "temperature": temperature, **row})
     write_json(args.json, {"what": "drafters that run a model, bundled model, float32", "rows": results})
 
 

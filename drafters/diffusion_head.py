@@ -23,9 +23,16 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 
-from specdec.drafters.decoder_parts import rms_norm, rotary_embedding, rotate, rotate_pairs, spread_over_vocabulary
+from specdec.drafters.decoder_parts import (
+    gated,
+    rms_norm,
+    rotary_embedding,
+    rotate,
+    rotate_pairs,
+    spread_over_vocabulary,
+)
 
 __all__ = ["BlockAttend", "DiffusionConfig", "DiffusionHead", "MarkovKind"]
 
@@ -172,7 +179,7 @@ class DiffusionHead:
             stream = stream + self._attention(layer, read, cos, sin, attend)
             read = self._norm(f"{name}.post_attention_layernorm", stream)
             gate, up = (self._linear(f"{name}.mlp.{part}_proj", read) for part in ("gate", "up"))
-            stream = stream + self._linear(f"{name}.mlp.down_proj", silu(gate) * up)
+            stream = stream + self._linear(f"{name}.mlp.down_proj", gated(gate, up))
         return self._norm("norm", stream)
 
     def guessing_rows(self, outputs: Tensor) -> Tensor:

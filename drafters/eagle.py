@@ -126,7 +126,7 @@ class EagleDrafter:
             nonlocal outputs
             if not self._cache.reserve(growths):
                 return None
-            inputs = self.head.feedback(outputs[torch.from_numpy(parent_rows).to(outputs.device)])
+            inputs = self.head.feedback(outputs.index_select(0, torch.from_numpy(parent_rows).to(outputs.device)))
             outputs = self._forward(growths, inputs)
             return self._logits(outputs)
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention
 
-from specdec.drafters.decoder_parts import rms_norm, rotary_embedding, rotate, spread_over_vocabulary
+from specdec.drafters.decoder_parts import gated, rms_norm, rotary_embedding, rotate, spread_over_vocabulary
 from specdec.drafters.products import Products
 from specdec.drafters.state_head import HeadCall
 from specdec.kv_cache import CallShape
@@ -173,13 +173,14 @@ class EagleHead:
         query, key, value = (part.unflatten(-1, (-1, config.head_dim)) for part in parts)
         if f"{name}.q_norm.weight" in self.weights:
             query, key = self._norm(f"{name}.q_norm", query), self._norm(f"{name}.k_norm", key)
-        query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))  # [1, heads, T, D]
-        out = attend(rotate(query, cos, sin), rotate(key, cos, sin), value, None, None, None)
+        both = rotate(torch.cat((query, key), dim=1).transpose(0, 1)[None], cos, sin)  # [1, Hq + Hkv, T, D]
+        query, key = both.split((config.num_heads, config.num_kv_heads), dim=1)
+        out = attend(query, key, value.transpose(0, 1)[None], None, None, None)
         return self._linear(f"{name}.o_proj", out[0].flatten(1))
 
     def _mlp(self, x: Tensor) -> Tensor:
         gate, up = self._linears(x, "layers.0.mlp.gate_proj", "layers.0.mlp.up_proj")
-        return self._linear("layers.0.mlp.down_proj", silu(gate) * up)
+        return self._linear("layers.0.mlp.down_proj", gated(gate, up))
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return self._linears(x, name)[0]

@@ -4,9 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
+from specdec.drafters.levels import best_children
 from specdec.drafters.tree_search import LevelCosts, SearchLimits, TreeSearch
-from specdec.types import DraftTree
+from specdec.types import DraftTree, Request, RequestState
 
 V = 6
 
@@ -105,3 +107,16 @@ def test_the_stop_is_near_the_best_depth_by_enumeration():
         rates = [sum(chance**i for i in range(depth + 1)) / (10 + (depth - 1) * level) for depth in range(1, 11)]
         chosen = grown_depth(LevelCosts(level, 10.0), [chance] * 10)
         assert rates[chosen - 1] > 0.98 * max(rates)
+
+
+@pytest.mark.parametrize(("width", "count"), [(4096, 3), (4096, 10), (151_936, 10), (5000, 4), (300, 300)])
+def test_the_best_children_of_wide_rows_are_found_by_blocks_as_by_sorting(width: int, count: int) -> None:
+    """Also where all of them stand in one block, or each in another."""
+    rows = torch.randn(6, width, generator=torch.Generator().manual_seed(width + count))
+    rows[1, 128 : 128 + count] += 9
+    rows[2, :: width // count] += 9
+    ids, log_probs = best_children(rows, [RequestState(Request("a", np.array([1])))] * 6, [1] * 6, count)
+    order = np.argsort(-rows.numpy(), axis=1, kind="stable")[:, :count]
+    assert ids.tolist() == order.tolist()
+    law = rows.double().log_softmax(-1).numpy()
+    np.testing.assert_allclose(log_probs, np.take_along_axis(law, order, axis=1), atol=1e-5)

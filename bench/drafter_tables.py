@@ -32,7 +32,8 @@ def model_drafters_table(result: Mapping[str, Any]) -> str:
 
 def _pooled(rows: Sequence[Mapping[str, Any]]) -> float:
     """Acceptance length over all steps of several rows."""
-    return sum(row["acceptance_length"] * row["steps"] for row in rows) / sum(row["steps"] for row in rows)
+    num_tokens = sum(float(row["acceptance_length"] * row["steps"]) for row in rows)
+    return num_tokens / sum(int(row["steps"]) for row in rows)
 
 
 def _cell(row: Mapping[str, Any], plain: Mapping[str, Any] | None) -> str:

@@ -28,8 +28,9 @@ WIPED: Final = -1  # the token of a free position; it equals no token of a conte
 
 # --- search ---------------------------------------------------------------------------------------------------------
 MAX_CANDIDATES: Final = 16  # per source; newest first: the 8 newest predict better than the 64 newest
-ENOUGH_CANDIDATES: Final = 8  # after so many the shorter contexts are not searched
-MAX_WALK: Final = 24  # links followed per order and source
+ENOUGH_CANDIDATES: Final = 6  # after so many the shorter contexts are not searched
+MAX_WALK: Final = 12  # links followed per order and source; 24 bring next to nothing and cost a third of the time
+SHORT_WALK: Final = 8  # the same for the context of one token
 MAX_MATCH: Final = 72  # tokens compared backwards; longer matches are as good as equal
 NUM_SOURCES: Final = 3  # own text, tenant's earlier responses, shared tier
 MAX_DRAFT: Final = 256  # nodes of one draft
@@ -67,7 +68,8 @@ MAX_MEMBERS: Final = 4096  # candidates summed over the branches of a tree searc
     R_LINKS,  # int32 [capacity * NUM_ORDERS]
     R_HEADS,  # int32 [buckets * NUM_ORDERS]
     R_LENGTH,  # tokens held, position 0 included
-    R_CAPACITY,
+    R_CAPACITY,  # the largest R_LENGTH that fits
+    R_ROOM_MADE,  # 1: room was made for the next tokens as far as that is possible
     R_BUCKET_MASK,  # buckets - 1, a power of two minus one
     R_INDEX,  # address of the tenant's index header, 0 = none
     R_SHARED,  # address of the shared tier's header, 0 = none
@@ -81,10 +83,16 @@ MAX_MEMBERS: Final = 4096  # candidates summed over the branches of a tree searc
     R_PIN_CACHED,  # the same in the tenant's index
     R_PIN_CACHED_LENGTH,
     R_PIN_EPOCH,  # X_NUM_RECYCLED when the cached pin was set: a deletion since then voids it
+    R_REACH,  # no own match can be longer: the longest of the last search and the tokens since
+    R_REACH_CACHED,  # the same in the tenant's index
+    R_HASH,  # rolling hashes of the last tokens: orders 1 to 3 here and behind (order 0 is the token itself)
+    R_HASH_2,
+    R_HASH_3,
+    R_CHAINED,  # position of the last token in the cached response where its chains begin, 0 = not chained
     R_BEST_LENGTH,  # longest match of the last search
     R_SCRATCH,  # address of int32 [SCRATCH_SIZE], shared by all rows: kernels run one at a time
     ROW_SLOTS,
-) = range(21)
+) = range(28)
 
 # --- draft record: per node token, parent, the calibration inputs, the mixers' weight sets ----------------------------
 NUM_INPUTS: Final = 8

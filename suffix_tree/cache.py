@@ -9,16 +9,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from itertools import accumulate
 
 import numpy as np
 
 from specdec.suffix_tree import _layout as at
-from specdec.suffix_tree.drafts import Drafts, read_batch
+from specdec.suffix_tree.drafts import Drafts
 from specdec.suffix_tree.index import SuffixIndex
-from specdec.suffix_tree.live import Live, LiveTable, as_tokens
+from specdec.suffix_tree.live import UNKNOWN_REACH, Live, LiveTable, as_tokens
 from specdec.suffix_tree.memory import Int32Array, Int64Array
 from specdec.suffix_tree.prior import Prior, load_prior
-from specdec.suffix_tree.steps import extend_batch, replay, speculate_batch, step_batch, step_one
+from specdec.suffix_tree.steps import extend_batch, replay, step_batch, step_one
 
 __all__ = ["Drafts", "SuffixCache", "as_tokens"]
 
@@ -166,14 +167,12 @@ class SuffixCache:
         except KeyError as error:
             raise ValueError(f"request {error.args[0]!r} is not active") from None
 
-    def _flatten(self, batch: Sequence[Live], new_ids: Sequence[Int32Array]) -> tuple[Int32Array, Int64Array]:
+    @staticmethod
+    def _flatten(batch: Sequence[Live], new_ids: Sequence[Int32Array]) -> tuple[Int32Array, Int64Array]:
         if len(batch) != len(new_ids):
             raise ValueError(f"{len(batch)} requests need as many token lists, got {len(new_ids)}")
-        lengths = [len(ids) for ids in new_ids]
-        offsets = np.zeros(len(lengths) + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        self._table.make_room(batch, lengths)
-        flat = np.concatenate(new_ids) if lengths else np.empty(0, np.int32)
+        offsets = np.array([0, *accumulate(map(len, new_ids))], np.int64)
+        flat = np.concatenate(new_ids) if len(batch) else np.empty(0, np.int32)
         return flat.astype(np.int32, copy=False), offsets
 
     def extend(self, request_ids: Sequence[Hashable], new_ids: Sequence[Int32Array]) -> None:
@@ -189,7 +188,8 @@ class SuffixCache:
         with self.lock:
             batch = self._batch(request_ids)
             flat, offsets = self._flatten(batch, new_ids)
-            extend_batch(self._table.rows, self._table.slots(batch), flat, offsets)
+            self._table.make_room(batch, [len(ids) for ids in new_ids])
+            extend_batch(self._table.rows, np.array([live.slot for live in batch], np.int64), flat, offsets)
 
     def speculate(
         self, request_ids: Sequence[Hashable], budgets: Sequence[int], *, threshold: float, as_tree: bool
@@ -204,14 +204,10 @@ class SuffixCache:
             as_tree: draft trees; else paths.
 
         Raises:
-            ValueError: a request is not live.
+            ValueError: a request is not live, or there are not as many budgets as requests.
         """
-        with self.lock:
-            slots = self._table.slots(self._batch(request_ids))
-            counts = np.empty(len(slots), np.int64)
-            wanted = np.array(budgets, np.int64)
-            total = speculate_batch(self._table.rows, slots, wanted, float(threshold), bool(as_tree), counts)
-            return read_batch(self._table.rows, slots, counts, total)
+        nothing = [np.empty(0, np.int32)] * len(request_ids)
+        return self.step(request_ids, nothing, budgets, threshold=threshold, as_tree=as_tree)
 
     def step(
         self,
@@ -222,15 +218,26 @@ class SuffixCache:
         threshold: float,
         as_tree: bool,
     ) -> Drafts:
-        """``extend`` and ``speculate`` in one call: what an engine step needs."""
+        """``extend`` for all requests, then ``speculate`` for all, in one call: what an engine step needs."""
         with self.lock:
             batch = self._batch(request_ids)
-            slots = self._table.slots(batch)
+            if len(budgets) != len(batch):
+                raise ValueError(f"{len(batch)} requests need as many budgets, got {len(budgets)}")
+            slots = np.array([live.slot for live in batch], np.int64)
             flat, offsets = self._flatten(batch, new_ids)
-            counts = np.empty(len(slots), np.int64)
-            wanted = np.array(budgets, np.int64)
-            total = step_batch(self._table.rows, slots, flat, offsets, wanted, float(threshold), bool(as_tree), counts)
-            return read_batch(self._table.rows, slots, counts, total)
+            most = np.array(budgets, np.int64)
+            ends = np.empty(len(batch) + 1, np.int64)
+            size = len(batch) * (1 + min(max(0, max(budgets, default=0)), at.MAX_DRAFT))
+            tokens, parents, values = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.float32)
+            arguments = (
+                self._table.rows, slots, flat, offsets, most, float(threshold), bool(as_tree), ends, tokens, parents,
+                values,
+            )  # fmt: skip
+            if not step_batch(*arguments):
+                self._table.make_room(batch, [len(ids) for ids in new_ids])
+                step_batch(*arguments)
+            size = ends[-1]
+            return Drafts(ends, tokens[:size], parents[:size], values[:size])
 
     def advance(
         self, request_id: Hashable, new_ids: Int32Array, *, budget: int, threshold: float, as_tree: bool
@@ -248,10 +255,11 @@ class SuffixCache:
             live = self._live.get(request_id)
             if live is None:
                 raise ValueError(f"request {request_id!r} is not active")
-            new = len(new_ids)
-            if new:
-                self._table.make_room_for(live, new)
-            live.count = step_one(live.address, new_ids, budget, threshold, as_tree)
+            count = step_one(live.address, new_ids, budget, threshold, as_tree)
+            if count < 0:
+                self._table.make_room([live], [len(new_ids)])
+                count = step_one(live.address, new_ids, budget, threshold, as_tree)
+            live.count = count
             return live
 
     def match_length(self, request_id: Hashable) -> int:
@@ -360,6 +368,7 @@ class SuffixCache:
                     row = self._table.rows[live.slot]
                     row[at.R_INDEX] = live.index.address
                     row[[at.R_SEQUENCE, at.R_POSITION, at.R_PIN_CACHED, at.R_DRAFTED]] = 0
+                    row[at.R_REACH_CACHED] = UNKNOWN_REACH
 
     def warmup(self) -> None:
         """Compile every kernel, so that no request waits for it. Later runs of the program find them on disk."""

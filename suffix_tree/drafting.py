@@ -74,14 +74,14 @@ VOTE_WEIGHT = np.array([min(max(e, 1), 64) ** 4.0 for e in range(MAX_MATCH + MAX
 @kernel
 def _read_next(row: Int64Array, s: Int32Array, first: int, count: int) -> None:
     """Write the next token of each member to S_NEXT; WIPED where its text ends."""
+    own = int32_at(row[R_TOKENS])
+    cached = int32_at(int64_at(row[R_INDEX])[X_TOKENS])
+    shared = int32_at(int64_at(row[R_SHARED])[X_TOKENS]) if row[R_SHARED] != 0 else own
     for i in range(count):
         position = s[first + 2 * i]
         source = s[_SOURCE + s[first + 2 * i + 1]]
-        if source == 0:
-            s[S_NEXT + i] = int32_at(row[R_TOKENS])[position]
-        else:
-            x = int64_at(row[R_INDEX] if source == 1 else row[R_SHARED])
-            s[S_NEXT + i] = int32_at(x[X_TOKENS])[position]  # position 0 is wiped: the end of a response
+        # Position 0 of an index is wiped: the end of a response.
+        s[S_NEXT + i] = own[position] if source == 0 else (cached[position] if source == 1 else shared[position])
 
 
 @kernel

@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from specdec.suffix_tree.memory import Int32Array, Int64Array
-from specdec.suffix_tree.steps import read_drafts
 
-__all__ = ["Drafts", "read_batch"]
+__all__ = ["Drafts"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,20 +27,3 @@ class Drafts:
     token_ids: Int32Array
     parents: Int32Array
     values: npt.NDArray[np.float32]
-
-
-def read_batch(rows: Int64Array, slots: Int64Array, counts: Int64Array, total: int) -> Drafts:
-    """Copy the pending drafts of a batch out of their records.
-
-    Args:
-        rows: the table of live requests.
-        slots: [R] rows of the batch.
-        counts: [R] draft tokens of each.
-        total: their sum.
-    """
-    size = total + len(slots)
-    tokens, parents, values = np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.float32)
-    read_drafts(rows, slots, tokens, parents, values)
-    offsets = np.zeros(len(slots) + 1, np.int64)
-    np.cumsum(counts + 1, out=offsets[1:])
-    return Drafts(offsets, tokens, parents, values)

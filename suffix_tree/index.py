@@ -100,7 +100,6 @@ class SuffixIndex:
         # outdated; it is brought up to date when it comes to the top.
         self._by_use: list[tuple[int, int]] = []
         self._queued: set[int] = set()
-        self.pages_left = 0  # lower bound, so that the common case of `make_room` is one comparison
 
     def _reserve(self, field: int, size: int) -> Int32Array:
         array = self._arrays[field] = reserve_int32(size)
@@ -179,16 +178,11 @@ class SuffixIndex:
         free_pages(self.header, int(self._arrays[at.X_FIRST_PAGE][number]))
         self._arrays[at.X_FIRST_PAGE][number] = 0
         self._spare_numbers.append(number)
-        self.pages_left = 0
 
     def make_room(self, num_pages: int) -> None:
         """Evict until ``num_pages`` pages are free, or nothing is left that may be evicted."""
-        self.pages_left -= num_pages
-        if self.pages_left >= 0:
-            return
-        while (left := self._count_pages_left()) < num_pages and self._evict_oldest():
+        while self._count_pages_left() < num_pages and self._evict_oldest():
             pass
-        self.pages_left = max(left - num_pages, 0)
 
     def _count_pages_left(self) -> int:
         x = self.header
@@ -283,4 +277,3 @@ class SuffixIndex:
         self._by_use = [(int(last_used[number]), number) for number in self._keys]
         heapq.heapify(self._by_use)
         self._queued = set(self._keys)
-        self.pages_left = 0

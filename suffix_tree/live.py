@@ -17,10 +17,11 @@ from specdec.suffix_tree.index import SuffixIndex
 from specdec.suffix_tree.memory import Int32Array, Int64Array, address_of
 from specdec.suffix_tree.steps import begin_request
 
-__all__ = ["Live", "LiveTable", "as_tokens"]
+__all__ = ["UNKNOWN_REACH", "Live", "LiveTable", "as_tokens"]
 
 _START_TOKEN = -2  # before every text: equals no token
 _FIRST_SLOTS = 64
+UNKNOWN_REACH = 1 << 30  # of a request that was not searched for yet
 _CHUNK = 1 << 14  # list items converted at a time, so that other threads get the GIL in between
 
 
@@ -32,15 +33,20 @@ class Live:
     tenant: str
     index: SuffixIndex
     key: Hashable | None  # of the cached response
-    room: int  # tokens that fit before the buffers must grow
     tokens: Int32Array
     links: Int32Array
     heads: Int32Array
     record: Int32Array
     draft: Int32Array  # [MAX_DRAFT, RECORD_WIDTH]: the record's nodes
     values: npt.NDArray[np.float32]  # [MAX_DRAFT]
+    row: Int64Array  # [ROW_SLOTS], see ``_layout``
     address: int  # of the row
     count: int = 0  # nodes of the draft that `SuffixCache.advance` made last
+
+    @property
+    def text(self) -> Int32Array:
+        """Prompt and output so far: a view, valid until the next call for the request."""
+        return self.tokens[1 : int(self.row[at.R_LENGTH])]
 
 
 def as_tokens(token_ids: Sequence[int] | Int32Array) -> Int32Array:
@@ -78,26 +84,28 @@ class LiveTable:
             self.rows = np.concatenate([self.rows, np.zeros_like(self.rows)])
             self._free_slots = list(range(slots, 2 * slots))[::-1]
             for other in self._lives.values():
-                other.address = address_of(self.rows[other.slot])
+                other.row = self.rows[other.slot]
+                other.address = address_of(other.row)
         capacity = len(prompt) + (len(prompt) >> 2) + 256
         num_buckets = 1 << max(8, capacity.bit_length() - 1)
         slot = self._free_slots.pop()
         record = np.empty(at.RECORD_SIZE, np.int32)
         live = self._lives[slot] = Live(
-            slot, tenant, index, None, capacity - len(prompt),
+            slot, tenant, index, None,
             np.empty(capacity + 2, np.int32), np.empty((capacity + 2) * at.NUM_ORDERS, np.int32),
             np.zeros(num_buckets * at.NUM_ORDERS, np.int32), record,
             record[: at.D_VALUES].reshape(at.MAX_DRAFT, at.RECORD_WIDTH),
-            record[at.D_VALUES :].view(np.float32), address_of(self.rows[slot]),
+            record[at.D_VALUES :].view(np.float32), self.rows[slot], address_of(self.rows[slot]),
         )  # fmt: skip
         live.tokens[0] = _START_TOKEN
         live.tokens[1] = at.WIPED
-        row = self.rows[live.slot]
+        row = live.row
         row[:] = 0
         row[at.R_LENGTH] = 1
         row[at.R_INDEX] = index.address
         row[at.R_SHARED] = 0 if shared is None else shared.address
         row[at.R_SEQUENCE] = number
+        row[at.R_REACH] = row[at.R_REACH_CACHED] = UNKNOWN_REACH
         row[at.R_DRAFT] = address_of(live.record)
         row[at.R_SCRATCH] = address_of(self._scratch)
         self._point_row(live)
@@ -107,16 +115,17 @@ class LiveTable:
         return live
 
     def _point_row(self, live: Live) -> None:
-        row = self.rows[live.slot]
+        row = live.row
         row[at.R_TOKENS] = address_of(live.tokens)
         row[at.R_LINKS] = address_of(live.links)
         row[at.R_HEADS] = address_of(live.heads)
+        row[at.R_CAPACITY] = len(live.tokens) - 1
         row[at.R_BUCKET_MASK] = len(live.heads) // at.NUM_ORDERS - 1
 
     def _grow(self, live: Live, num_tokens: int) -> None:
         """Double the request's buffers until ``num_tokens`` more fit; every bucket is split into two equal ones."""
         capacity = len(live.tokens) - 2
-        used = capacity - live.room
+        used = len(live.text)
         wanted = max(2 * capacity, used + num_tokens)
         tokens = np.empty(wanted + 2, np.int32)
         tokens[: used + 2] = live.tokens[: used + 2]
@@ -124,32 +133,23 @@ class LiveTable:
         links[: (used + 1) * at.NUM_ORDERS] = live.links[: (used + 1) * at.NUM_ORDERS]
         while len(live.heads) < (wanted >> 1) * at.NUM_ORDERS:
             live.heads = np.concatenate([live.heads, live.heads])
-        live.tokens, live.links, live.room = tokens, links, wanted - used
+        live.tokens, live.links = tokens, links
         self._point_row(live)
 
     def release(self, live: Live) -> None:
         """Take a row back; the buffers go with the last reference to ``live``."""
         del self._lives[live.slot]
-        self.rows[live.slot] = 0
+        live.row[:] = 0
         self._free_slots.append(live.slot)
 
-    @staticmethod
-    def slots(batch: Sequence[Live]) -> Int64Array:
-        """The rows of a batch."""
-        return np.array([live.slot for live in batch], np.int64)
-
     def make_room(self, batch: Sequence[Live], lengths: Sequence[int]) -> None:
-        """Make sure that ``lengths[i]`` more tokens fit into request i's buffers and into its index."""
+        """Make room for ``lengths[i]`` more tokens in request i's buffers and, as far as possible, in its index."""
+        pages: dict[SuffixIndex, int] = {}
         for live, length in zip(batch, lengths, strict=True):
-            self.make_room_for(live, length)
-
-    def make_room_for(self, live: Live, length: int) -> None:
-        """``make_room`` for one request."""
-        if live.room < length:
-            self._grow(live, length)
-        live.room -= length
-        index, pages = live.index, (length >> at.PAGE_BITS) + 1
-        if index.pages_left >= pages:
-            index.pages_left -= pages
-        else:
-            index.make_room(pages)
+            row = live.row
+            if row[at.R_LENGTH] + length > row[at.R_CAPACITY]:
+                self._grow(live, length)
+            pages[live.index] = pages.get(live.index, 0) + (length >> at.PAGE_BITS) + 1
+            row[at.R_ROOM_MADE] = 1
+        for index, count in pages.items():
+            index.make_room(count)

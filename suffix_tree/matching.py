@@ -3,12 +3,18 @@
 Candidates are earlier positions whose text agrees with the request's last tokens, longest contexts first, newest
 first. Three sources are searched: the request's own text, the tenant's earlier responses, and the shared tier.
 
+A match grows by no more than the tokens that were appended. Where the longest match of the last search was short,
+longer contexts are therefore not searched at all. (Another request may have brought a longer one meanwhile: contexts of
+one and two tokens are always searched, and what they find reaches as far as it goes.)
+
 The longest match is also followed incrementally: a *pin* is the position that the best earlier match has reached, and
 each appended token either advances it or drops it. So a match is never lost to a bounded walk, however long it is or
 however many newer occurrences of its last tokens there are.
 """
 
 from __future__ import annotations
+
+import numpy as np
 
 from specdec.suffix_tree._layout import (
     ENOUGH_CANDIDATES,
@@ -19,6 +25,8 @@ from specdec.suffix_tree._layout import (
     NUM_ORDERS,
     PAGE_BITS,
     R_BEST_LENGTH,
+    R_CHAINED,
+    R_HASH,
     R_INDEX,
     R_LENGTH,
     R_LINKS,
@@ -27,9 +35,12 @@ from specdec.suffix_tree._layout import (
     R_PIN_CACHED_LENGTH,
     R_PIN_EPOCH,
     R_PIN_LENGTH,
+    R_REACH,
+    R_REACH_CACHED,
     R_SEQUENCE,
     R_SHARED,
     R_TOKENS,
+    SHORT_WALK,
     X_BUCKET_MASK,
     X_HEADS,
     X_LAST_USED,
@@ -42,11 +53,11 @@ from specdec.suffix_tree._layout import (
     X_TICK,
     X_TOKENS,
 )
-from specdec.suffix_tree.memory import Int32Array, Int64Array, int32_at, int64_at, kernel
-from specdec.suffix_tree.paged import bucket_of, context_hash, order_of, position_after, position_before
+from specdec.suffix_tree.memory import Int32Array, Int64Array, int32_at, int64_at, kernel, prefetch
+from specdec.suffix_tree.paged import bucket_of, first_hash, order_of, position_after, position_before
 from specdec.suffix_tree.surroundings import UNKNOWN
 
-__all__ = ["advance_pins", "find_candidates"]
+__all__ = ["advance_pins", "find_candidates", "prefetch_chains"]
 
 _FAR = 1 << 30  # longer than any match
 
@@ -75,6 +86,8 @@ def _cached_match(cached: Int32Array, page_prev: Int32Array, position: int, toke
 @kernel
 def advance_pins(row: Int64Array, new: Int32Array, start: int, stop: int) -> None:
     """Follow the longest matches over ``new[start:stop]``, before these tokens are appended."""
+    row[R_REACH] += stop - start
+    row[R_REACH_CACHED] += stop - start
     pin = row[R_PIN]
     tokens = int32_at(row[R_TOKENS])
     i = start
@@ -128,9 +141,12 @@ def _find_own(row: Int64Array, c: Int32Array, count: int) -> int:
     for step in range(NUM_ORDERS):
         k = NUM_ORDERS - 1 - step
         order = order_of(k)
+        if order > row[R_REACH]:
+            continue
         position = links[last * NUM_ORDERS + k]
+        most = MAX_WALK if k > 0 else SHORT_WALK
         walked = 0
-        while position > 0 and walked < MAX_WALK and rank < MAX_CANDIDATES:
+        while position > 0 and walked < most and rank < MAX_CANDIDATES:
             walked += 1
             length = _own_match(tokens, position, last)
             if order <= length < shorter and position != pin:
@@ -152,12 +168,20 @@ def _is_new(c: Int32Array, first: int, count: int, position: int) -> bool:
 
 
 @kernel
+def _chain_of(row: Int64Array, x: Int64Array, source: int, k: int) -> int:
+    """The newest position of the chain of order k that the present context belongs to."""
+    if source == 1 and row[R_SEQUENCE] > 0 and row[R_CHAINED] > 0:
+        return int(int32_at(x[X_LINKS])[row[R_CHAINED] * NUM_ORDERS + k])  # behind what the request itself wrote last
+    value = first_hash(int32_at(row[R_TOKENS])[row[R_LENGTH] - 1]) if k == 0 else np.uint64(row[R_HASH + k - 1])
+    return int(int32_at(x[X_HEADS])[bucket_of(value, x[X_NUM_BUCKETS], x[X_BUCKET_MASK]) * NUM_ORDERS + k])
+
+
+@kernel
 def _find_cached(row: Int64Array, x: Int64Array, source: int, c: Int32Array, count: int) -> int:
     tokens = int32_at(row[R_TOKENS])
     last = row[R_LENGTH] - 1
     cached = int32_at(x[X_TOKENS])
     links = int32_at(x[X_LINKS])
-    heads = int32_at(x[X_HEADS])
     page_next = int32_at(x[X_PAGE_NEXT])
     page_prev = int32_at(x[X_PAGE_PREV])
     owner = int32_at(x[X_PAGE_OWNER])
@@ -172,12 +196,12 @@ def _find_cached(row: Int64Array, x: Int64Array, source: int, c: Int32Array, cou
     for step in range(NUM_ORDERS):
         k = NUM_ORDERS - 1 - step
         order = order_of(k)
-        if order > last:
+        if order > last or (source == 1 and k > 1 and order > row[R_REACH_CACHED]):
             continue
-        value = context_hash(tokens, last, order)
-        position = heads[bucket_of(value, x[X_NUM_BUCKETS], x[X_BUCKET_MASK]) * NUM_ORDERS + k]
+        position = _chain_of(row, x, source, k)
+        most = MAX_WALK if k > 0 else SHORT_WALK
         walked = 0
-        while position > 0 and walked < MAX_WALK and rank < MAX_CANDIDATES:
+        while position > 0 and walked < most and rank < MAX_CANDIDATES:
             walked += 1
             # What the request itself wrote is found in its own text already.
             if owner[position >> PAGE_BITS] != own and cached[position_after(position, page_next)] >= 0:
@@ -221,12 +245,14 @@ def find_candidates(row: Int64Array, c: Int32Array) -> int:
             best = c[GROUPS + i]
             row[R_PIN] = c[i]
     row[R_PIN_LENGTH] = best
+    row[R_REACH] = best
     best = 0
     for i in range(own, cached):
         if c[GROUPS + i] > best:
             best = c[GROUPS + i]
             row[R_PIN_CACHED] = c[i]
     row[R_PIN_CACHED_LENGTH] = best
+    row[R_REACH_CACHED] = best
     if row[R_PIN_CACHED] > 0:
         x = int64_at(row[R_INDEX])
         row[R_PIN_EPOCH] = x[X_NUM_RECYCLED]
@@ -234,3 +260,20 @@ def find_candidates(row: Int64Array, c: Int32Array) -> int:
         int32_at(x[X_LAST_USED])[int32_at(x[X_PAGE_OWNER])[row[R_PIN_CACHED] >> PAGE_BITS]] = x[X_TICK]
     row[R_BEST_LENGTH] = max(row[R_PIN_LENGTH], best)
     return count
+
+
+@kernel
+def prefetch_chains(row: Int64Array) -> None:
+    """Ask for the memory where the searches of ``find_candidates`` begin: the first position of each chain."""
+    links = int32_at(row[R_LINKS])
+    last = row[R_LENGTH] - 1
+    x = int64_at(row[R_INDEX])
+    chained = row[R_SEQUENCE] > 0 and row[R_CHAINED] > 0
+    for k in range(NUM_ORDERS):
+        position = np.int64(links[last * NUM_ORDERS + k])
+        prefetch(row[R_LINKS] + 4 * NUM_ORDERS * position)
+        prefetch(row[R_TOKENS] + 4 * position)
+        if chained:
+            position = np.int64(_chain_of(row, x, 1, k))
+            prefetch(x[X_LINKS] + 4 * NUM_ORDERS * position)
+            prefetch(x[X_TOKENS] + 4 * position)

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir
 from numba import carray, config, njit, types
 from numba.extending import intrinsic
 
@@ -32,6 +33,7 @@ __all__ = [
     "int64_at",
     "kernel",
     "overlay_file",
+    "prefetch",
     "reserve_int32",
 ]
 
@@ -95,6 +97,9 @@ if config.DISABLE_JIT:
         view: Int64Array = _python_view(address, ctypes.c_int64)
         return view
 
+    def prefetch(address: int) -> None:
+        """Ask for the cache line at ``address``; callable from kernels only."""
+
 else:
 
     def _pointer_intrinsic(item: Any) -> Any:
@@ -110,6 +115,20 @@ else:
     _int32_pointer = _pointer_intrinsic(types.int32)
     _int64_pointer = _pointer_intrinsic(types.int64)
     _float32_pointer = _pointer_intrinsic(types.float32)
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def prefetch(typing_context: Any, address: Any) -> Any:
+        """Ask for the cache line at ``address``; callable from kernels only."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+            function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+            # To be read, kept in every cache, data.
+            builder.call(function, [builder.inttoptr(arguments[0], pointer), number(0), number(3), number(1)])
+            return context.get_dummy_value()
+
+        return types.none(types.int64), generate
 
     @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
     def int32_at(address: int) -> Int32Array:

@@ -22,6 +22,8 @@ from specdec.suffix_tree._layout import (
     PAGE_MASK,
     PAGE_SIZE,
     R_BUCKET_MASK,
+    R_CHAINED,
+    R_HASH,
     R_HEADS,
     R_INDEX,
     R_LENGTH,
@@ -56,6 +58,7 @@ __all__ = [
     "begin_cached",
     "bucket_of",
     "context_hash",
+    "first_hash",
     "free_pages",
     "order_of",
     "position_after",
@@ -114,6 +117,12 @@ def context_hash(tokens: Int32Array, position: int, order: int) -> np.uint64:
         value += np.uint64(tokens[position - back]) * weight
         weight *= _BASE
     return value
+
+
+@kernel
+def first_hash(token: int) -> np.uint64:
+    """``context_hash`` of the context of one token."""
+    return np.uint64(token) * _SCALE
 
 
 @kernel
@@ -250,13 +259,13 @@ def append_tokens(row: Int64Array, new: Int32Array, start: int, stop: int, cachi
     if caching:
         x[X_TICK] += 1
         int32_at(x[X_LAST_USED])[row[R_SEQUENCE]] = x[X_TICK]
-    h1 = context_hash(tokens, length - 1, min(ORDER_1, length - 1))  # rolling hashes, as far as there is context
-    h2 = context_hash(tokens, length - 1, min(ORDER_2, length - 1))
-    h3 = context_hash(tokens, length - 1, min(ORDER_3, length - 1))
+    h1 = np.uint64(row[R_HASH])  # as far as there is context
+    h2 = np.uint64(row[R_HASH + 1])
+    h3 = np.uint64(row[R_HASH + 2])
     for i in range(start, stop):
         p = length + i - start
         tokens[p] = new[i]
-        h0 = np.uint64(new[i]) * _SCALE
+        h0 = first_hash(new[i])
         h1 = h1 * _BASE + h0
         h2 = h2 * _BASE + h0
         h3 = h3 * _BASE + h0
@@ -280,6 +289,10 @@ def append_tokens(row: Int64Array, new: Int32Array, start: int, stop: int, cachi
         if caching and not _append_cached(x, row, new[i], p, h0, h1, h2, h3):
             caching = False
             row[R_SEQUENCE] = -row[R_SEQUENCE]
+    row[R_HASH] = np.int64(h1)
+    row[R_HASH + 1] = np.int64(h2)
+    row[R_HASH + 2] = np.int64(h3)
+    row[R_CHAINED] = row[R_POSITION] if caching else 0
     row[R_LENGTH] = length + stop - start
     tokens[row[R_LENGTH]] = WIPED
 

@@ -36,5 +36,12 @@ def is_worth_drafting(value: float | np.float32, length: int, threshold: float) 
     if length == 1 or threshold <= 0.0:
         return True
     path = np.float64(value)
-    hazard = -np.log(path)
-    return bool((1.0 - path - path * hazard) * threshold * length <= (1.0 - threshold) * path * hazard)
+    cost = threshold * length
+    # (1 - P - P hazard) cost <= (1 - threshold) P hazard, with 2 (1 - P) / (1 + P) <= hazard <= (1 - P^2) / (2 P): the
+    # logarithm is taken only where these bounds leave it open.
+    least = cost / (1.0 - threshold + cost)  # of P hazard / (1 - P)
+    if least * (1.0 + path) <= 2.0 * path:
+        return True
+    if 2.0 * least > 1.0 + path:
+        return False
+    return bool(least * (1.0 - path) <= -path * np.log(path))

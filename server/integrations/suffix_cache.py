@@ -164,7 +164,7 @@ class SuffixDecodingCache:
             return SuffixDecodingDraft()
         limit = max_spec_tokens or self._max_tree_depth
         live = self._cache.advance(req_id, _NOTHING, budget=limit, threshold=min_token_prob, as_tree=use_tree_spec)
-        if not _ends_with(live.tokens[1 : len(live.tokens) - 1 - live.room], last):
+        if not _ends_with(live.text, last):
             return self._speculate_alone(context, limit, min_token_prob, use_tree_spec)
         match = self._cache.match_length(req_id)
         count = live.count

@@ -93,11 +93,35 @@ def test_a_batch_drafts_what_single_calls_draft():
         order = rng.permutation(len(names))[:4]
         batch = [names[i] for i in order]
         together = caches[0].step(batch, [new[i] for i in order], [9] * 4, threshold=0.01, as_tree=True)
+        for i in order:
+            caches[1].extend([names[i]], [new[i]])
         for place, i in enumerate(order):
-            alone = caches[1].step([names[i]], [new[i]], [9], threshold=0.01, as_tree=True)
+            alone = caches[1].speculate([names[i]], [9], threshold=0.01, as_tree=True)
             part = slice(together.offsets[place], together.offsets[place + 1])
             assert together.token_ids[part].tolist() == alone.token_ids.tolist()
             assert together.parents[part].tolist() == alone.parents.tolist()
+
+
+def test_budgets_of_another_number_than_requests_are_refused():
+    cache = SuffixCache()
+    cache.start("r", [1, 2, 3])
+    with pytest.raises(ValueError, match="1 requests need as many budgets, got 2"):
+        cache.speculate(["r"], [4, 4], threshold=0.1, as_tree=False)
+
+
+def test_no_more_is_searched_than_can_match_and_what_others_bring_is_found_all_the_same():
+    cache = SuffixCache()
+    text = np.arange(100, 160, dtype=np.int32)
+    cache.start("r", [1, 2, 3])
+    for token in text[:30]:  # nothing matches so far: long contexts are not searched
+        cache.step(["r"], [np.array([token])], [8], threshold=0.01, as_tree=False)
+        assert cache.match_length("r") == 0
+    cache.insert("other", text)
+    cache.step(["r"], [text[30:31]], [8], threshold=0.01, as_tree=False)
+    assert cache.match_length("r") == 31
+    found = cache.step(["r"], [text[31:32]], [8], threshold=0.0, as_tree=False)
+    assert cache.match_length("r") == 32
+    assert found.token_ids.tolist() == [0, *range(132, 140)]
 
 
 def test_a_draft_costs_no_more_than_its_budget_and_zero_means_none():

@@ -212,14 +212,14 @@ def _sidecar_overhead(root: Path) -> str:
 def _sidecar_speed(root: Path) -> str:
     result = _load(root, "sidecar_speed")
     rows = [
-        "| source | step | race | predicted | grid of 4 | predicted | drafting inside the server | same text |",
-        "|---|---|---|---|---|---|---|---|",
+        "| source | step | race | predicted | grid of 4 | predicted | rounds | predicted | drafting inside the server "
+        "| same text |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for run in result["speed"]:
         for source, own in run["sources"].items():
-            arms = [own[name] for name in ("race", "grid", "inside")]
-            cells = [f"{own['race']['speedup']:.2f}x", f"{own['race']['predicted']:.2f}x"]
-            cells += [f"{own['grid']['speedup']:.2f}x", f"{own['grid']['predicted']:.2f}x"]
+            arms = [own[name] for name in ("race", "grid", "rounds", "inside")]
+            cells = [f"{arm[part]:.2f}x" for arm in arms[:3] for part in ("speedup", "predicted")]
             cells.append(f"{own['inside']['speedup']:.2f}x")
             same = "yes" if all(arm["same_text"] for arm in arms) else "no"
             rows.append(f"| {source} | {run['step_ms']:.0f} ms | {' | '.join(cells)} | {same} |")

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from time import sleep
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 
 from specdec.bench.loaders import load_calls
@@ -31,6 +33,7 @@ from specdec.server.keys import Keyring
 from specdec.server.launch import serve
 from specdec.server.listening import listen
 from specdec.server.metrics import ServerMetrics
+from specdec.server.prompt_scores import Script
 from specdec.server.prompts import Serving
 from specdec.server.service import Service, ServiceOptions
 from specdec.server.speculation import CappedController, Choices, RoutedDrafter
@@ -63,13 +66,20 @@ class _SlowTarget(ScriptedTarget):
 
     max_length = _MAX_LENGTH
 
-    def __init__(self, vocab_size: int, step_s: float) -> None:
+    def __init__(self, vocab_size: int, step_s: float, reciter: _Reciter) -> None:
         super().__init__(vocab_size)
-        self._step_s = step_s
+        self._step_s, self._reciter = step_s, reciter
 
     def forward(self, chunks: Sequence[Chunk]) -> TargetOutput:
         sleep(self._step_s)
-        return super().forward(chunks)
+        output = super().forward(chunks)
+        trees = [(chunk.state, chunk.tree) for chunk in chunks if chunk.tree is not None]
+        if not any(state.request.sampling.logits_processors for state, _ in trees):
+            return output  # nobody reads scores
+        right = np.concatenate([self._reciter.recorded_ids(state, tree) for state, tree in trees])
+        scores = torch.full((len(right), self.vocab_size), -20.0)
+        scores[torch.arange(len(right)), torch.from_numpy(right).long()] = 0.0
+        return replace(output, logits=scores)
 
 
 class _Reciter:
@@ -91,12 +101,16 @@ class _Reciter:
         self._scripts[state.request_id] = (300 + places * 7919 % (self._vocab_size - 400)).astype(np.int32)
 
     def target_ids(self, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput) -> IntArray:
-        parts = []
-        for state, tree in zip(states, trees, strict=True):
-            script = self._scripts[state.request_id]
-            places = np.minimum(state.num_output_tokens + tree.depths(), len(script))
-            parts.append(np.append(script, np.int32(0))[places])
-        return np.concatenate(parts)
+        return np.concatenate(
+            [
+                _after(state, tree, script.token_ids) if (script := _script(state)) else self.recorded_ids(state, tree)
+                for state, tree in zip(states, trees, strict=True)
+            ]
+        )
+
+    def recorded_ids(self, state: RequestState, tree: DraftTree) -> IntArray:
+        """The recorded token after every node."""
+        return _after(state, tree, self._scripts[state.request_id])
 
     def commit(self, state: RequestState, emitted_ids: Sequence[int]) -> None:
         """The place in the recording is the number of tokens that are out."""
@@ -106,12 +120,24 @@ class _Reciter:
             self._scripts.pop(request_id, None)
 
 
+def _after(state: RequestState, tree: DraftTree, token_ids: Sequence[int] | IntArray) -> IntArray:
+    places = np.minimum(state.num_output_tokens + tree.depths(), len(token_ids))
+    return np.append(np.asarray(token_ids, np.int32), np.int32(0))[places]
+
+
+def _script(state: RequestState) -> Script | None:
+    """What a request must say whose prompt's scores are asked for."""
+    found = [one for one in state.request.sampling.logits_processors if isinstance(one, Script)]
+    return found[0] if found else None
+
+
 def _service(calls: Sequence[TokenCall], tokenizer: Any, step_s: float, drafter: str) -> Service:
     choices, watcher = Choices((drafter,)), StepWatcher()
     vocab_size = len(tokenizer)
+    reciter = _Reciter(calls, vocab_size)
     engine = Engine(
-        _SlowTarget(vocab_size, step_s),
-        MatchVerifier(_Reciter(calls, vocab_size)),
+        _SlowTarget(vocab_size, step_s, reciter),
+        MatchVerifier(reciter),
         RoutedDrafter({drafter: build_drafter(drafter)}, choices),
         CappedController(BackoffController(), choices),
         config=EngineConfig.of(max_prefill_tokens=_MAX_LENGTH, max_batch_size=64),

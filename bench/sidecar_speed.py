@@ -5,10 +5,10 @@
 
 Overhead, without traces: a server of canned answers in a process of its own, asked directly and through sidecars, in
 turns. Speed: ``specdec serve`` reciting recorded answers at a time per step that large models have, asked directly,
-through a sidecar that races, through one that opens a grid, and, for comparison, with the suffix drafter inside the
-server. The calls of an episode come in order, so the sidecar knows what earlier calls brought. The model's prediction
-is the segment rule computed on the same answers, from the median step and the sidecar's own measure of the time to open
-a continuation.
+through a sidecar that races, through one that opens a grid, through one that has drafts verified by prompt scores, and,
+for comparison, with the suffix drafter inside the server. The calls of an episode come in order, so the sidecar knows
+what earlier calls brought. The model's prediction is the same rule computed on the same answers, from the median step
+and the sidecar's own measure of the time to open a continuation.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from specdec.server.sidecar.metrics import SidecarMetrics
 from specdec.server.sidecar.plan import PlanOptions, Timing
 from specdec.suffix_tree.cache import SuffixCache
 
-_BRANCHES = {"race": 1, "grid": 4}
+_BRANCHES = {"race": 1, "grid": 4, "rounds": 1}
 _WHOLE = b'{"id":"x","choices":[{"index":0,"text":"fine","finish_reason":"stop"}]}'
 _EVENT = b'data: {"id":"x","choices":[{"index":0,"text":" word","finish_reason":null}]}\n\n'
 
@@ -183,13 +183,15 @@ async def _health(url: str) -> dict[str, Any]:
         return dict((await answer.json())["speed"])
 
 
-def _predicted(calls: Sequence[TokenCall], plan: PlanOptions, timing: Timing, overhead_s: float) -> float:
-    """Speed-up by the segment rule on the same answers, in order."""
+def _predicted(
+    calls: Sequence[TokenCall], plan: PlanOptions, timing: Timing, overhead_s: float, *, is_rounds: bool
+) -> float:
+    """Speed-up by the segment rule, or by rounds, on the same answers, in order."""
     shop = Shop(SuffixCache(), plan, timing, LoadGate(timing), Budget(BudgetOptions()), SidecarMetrics())
     plain = saved = 0.0
     for number, call in enumerate(calls):
         own, _ = simulate(shop, "x", call.prompt_ids.tolist(), call.response_ids.tolist(), tenant="", plan=plan,
-                          timing=timing)  # fmt: skip
+                          timing=timing, is_rounds=is_rounds)  # fmt: skip
         plain += len(call.response_ids) * (timing.step_s or 0.0) + overhead_s
         saved += own
         shop.cache.insert(number, call.response_ids)
@@ -214,6 +216,7 @@ def _speed(args: argparse.Namespace, step_ms: float) -> dict[str, Any]:
         sidecars = {
             "race": _sidecar(url, "--mode", "race", *common),
             "grid": _sidecar(url, "--mode", "grid", "--branches", str(_BRANCHES["grid"]), *common),
+            "rounds": _sidecar(url, "--mode", "rounds", "--tokenizer", args.tokenizer, *common),
         }
         urls = {"plain": url, **{name: own for name, (_, own) in sidecars.items()}, "inside": inside_url}
         for _, own in sidecars.values():
@@ -247,7 +250,7 @@ def _figures(source: str, calls: Sequence[TokenCall], done: Mapping[str, Any], h
             timing = Timing(statistics.median(steps), health[name]["open_ms"] / 1e3)
             plan = replace(PlanOptions(min_gain_s=0.0), max_branches=_BRANCHES[name])
             first = statistics.median(one[1] for one in plain) - statistics.median(steps)
-            figures[name]["predicted"] = _predicted(calls, plan, timing, max(0.0, first))
+            figures[name]["predicted"] = _predicted(calls, plan, timing, max(0.0, first), is_rounds=name == "rounds")
     return figures
 
 

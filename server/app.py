@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,15 +17,16 @@ from starlette.exceptions import HTTPException
 from specdec import __version__
 from specdec.errors import RequestError, UnsupportedError
 from specdec.server.admin import add_admin
-from specdec.server.generation import EngineError, answer_request, make_jobs
+from specdec.server.generation import EngineError, PromptRows, answer_request, make_jobs
 from specdec.server.keys import bearer_tenant
 from specdec.server.limits import BodyLimit
+from specdec.server.prompt_scores import prompt_scores
 from specdec.server.prompts import chat_grammar, chat_prompt, completion_prompts
 from specdec.server.service import Service
 from specdec.server.tools import offers_tools
 from specdec.server.web import add_page
 from specdec.server.wire import ChatRequest, CompletionRequest, GenerationRequest
-from specdec.server.worker import Draining, Overloaded
+from specdec.server.worker import Draining, Job, Overloaded
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,20 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         tenant = _admit(service, request, body)
         prompts = await run_in_threadpool(completion_prompts, service.serving, body)
         jobs = make_jobs(service, "cmpl", body, prompts, tenant)
-        return await answer_request(service, request, "text", body, jobs)
+        return await answer_request(service, request, "text", body, jobs, prompt_rows=await _rows(service, body, jobs))
+
+
+async def _rows(service: Service, body: CompletionRequest, jobs: Sequence[Job]) -> PromptRows | None:
+    """The scores of the prompt, if they are asked for.
+
+    Raises:
+        RequestError: there is more than one prompt.
+    """
+    if body.prompt_logprobs is None:
+        return None
+    if len(jobs) != body.n:
+        raise RequestError("prompt_logprobs needs one prompt")
+    return await prompt_scores(service, jobs[0], num_top=body.prompt_logprobs, start=body.prompt_logprob_start)
 
 
 def _tenant(service: Service, request: Request) -> str:

@@ -7,7 +7,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -23,10 +23,11 @@ from specdec.server.tracing import RequestSpan
 from specdec.server.wire import ChatRequest, CompletionRequest
 from specdec.server.worker import Job
 
-__all__ = ["EngineError", "answer_request", "make_jobs"]
+__all__ = ["EngineError", "PromptRows", "answer_request", "make_jobs"]
 
 _CLIENT_GONE = 499  # nginx's number for it
 _T = TypeVar("_T")
+PromptRows: TypeAlias = Sequence[dict[str, Any] | None]
 
 
 class EngineError(Exception):
@@ -59,8 +60,9 @@ async def answer_request(
     jobs: Sequence[Job],
     *,
     has_tools: bool = False,
+    prompt_rows: PromptRows | None = None,
 ) -> Response:
-    """Run the jobs; the whole answer, or a stream."""
+    """Run the jobs; the whole answer, or a stream. ``prompt_rows``: shown with each choice of a whole answer."""
     jobs = marked_private(jobs, request.headers)
     answer_id = jobs[0].request.request_id.rpartition("-")[0]
     tokenizer = service.serving.tokenizer
@@ -73,7 +75,10 @@ async def answer_request(
     headers = {HEADER: affinity_of(body, jobs[0].request.tenant, service.keys)}
     if not body.stream:
         await _unless_gone(request, _exhaust(pieces))
-        return JSONResponse(answer.whole(has_metrics=service.options.has_metrics), headers=headers)
+        whole = answer.whole(has_metrics=service.options.has_metrics)
+        for shown in whole["choices"] if prompt_rows is not None else ():
+            shown["prompt_logprobs"] = list(prompt_rows or ())
+        return JSONResponse(whole, headers=headers)
     first = await _unless_gone(request, anext(pieces))  # what can be refused is refused before the status line is sent
     return StreamingResponse(
         _events(service, answer, pieces, first, has_usage=body.wants_usage_chunk),

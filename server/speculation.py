@@ -34,6 +34,7 @@ class Choice:
             the prompt.
         trim: takes from a draft what cannot be accepted.
         is_private: the request must not be captured.
+        script_ids: [S] int32: what the output will be, because a processor sees to it; drafted as it stands.
     """
 
     drafter: str
@@ -41,6 +42,7 @@ class Choice:
     hint_ids: IntArray | None = None
     trim: Trim | None = None
     is_private: bool = False
+    script_ids: IntArray | None = None
 
 
 class Choices:
@@ -99,9 +101,13 @@ class CappedController:
         self._choices = choices
 
     def plan(self, states: Sequence[RequestState], load: Load) -> list[int]:
-        caps = [self._choices.of(state.request_id).max_draft_tokens for state in states]
+        chosen = [self._choices.of(state.request_id) for state in states]
         planned = self._inner.plan(states, load)
-        return [budget if cap is None else min(budget, cap) for budget, cap in zip(planned, caps, strict=True)]
+        return [
+            len(choice.script_ids) if choice.script_ids is not None
+            else budget if choice.max_draft_tokens is None else min(budget, choice.max_draft_tokens)
+            for budget, choice in zip(planned, chosen, strict=True)
+        ]  # fmt: skip
 
     @property
     def costs(self) -> object:
@@ -154,7 +160,9 @@ class RoutedDrafter:
             if mine:
                 made = drafter.propose([self._seen(states[row]) for row in mine], [budgets[row] for row in mine])
                 trees.update((states[row].request_id, tree) for row, tree in zip(mine, made, strict=True))
-        return [self._trimmed(state, trees[state.request_id]) for state in states]
+        return [
+            self._trimmed(state, trees[state.request_id], budget) for state, budget in zip(states, budgets, strict=True)
+        ]
 
     def observe(self, events: Sequence[StepEvent]) -> None:
         for name, drafter in self._drafters.items():
@@ -180,9 +188,12 @@ class RoutedDrafter:
         hinted = self._hinted.get(state.request_id)
         return state if hinted is None else hinted.follow()
 
-    def _trimmed(self, state: RequestState, tree: DraftTree) -> DraftTree:
-        trim = self._choices.of(state.request_id).trim
-        return tree if trim is None or len(tree) == 1 else trim(state, tree)
+    def _trimmed(self, state: RequestState, tree: DraftTree, budget: int) -> DraftTree:
+        choice = self._choices.of(state.request_id)
+        if choice.script_ids is not None:
+            at = state.num_output_tokens
+            return DraftTree.chain(int(state.token_ids[-1]), choice.script_ids[at : at + budget])
+        return tree if choice.trim is None or len(tree) == 1 else choice.trim(state, tree)
 
 
 class _Hinted:

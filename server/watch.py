@@ -21,11 +21,13 @@ class TokenLogprob:
         token_id: the token.
         logprob: natural log.
         top: (token id, logprob) of the likeliest tokens, likeliest first.
+        rank: tokens that score at least as high, itself included.
     """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+    rank: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class _Wish:
     num_logprobs: int | None
     has_steps: bool
     has_trace: bool
+    is_scoring: bool = False
 
 
 class StepWatcher:
@@ -77,10 +80,15 @@ class StepWatcher:
         self._wishes: dict[str, _Wish] = {}
         self._notes: dict[str, StepNotes] = {}
 
-    def watch(self, request_id: str, *, num_logprobs: int | None, has_steps: bool, has_trace: bool) -> None:
-        """Keep details of a request from now on; nothing is kept where nothing is wished for."""
+    def watch(
+        self, request_id: str, *, num_logprobs: int | None, has_steps: bool, has_trace: bool, is_scoring: bool = False
+    ) -> None:
+        """Keep details of a request from now on; nothing is kept where nothing is wished for.
+
+        What a scoring request repeats is no draft and does not count.
+        """
         if num_logprobs is not None or has_steps or has_trace:
-            self._wishes[request_id] = _Wish(num_logprobs, has_steps, has_trace)
+            self._wishes[request_id] = _Wish(num_logprobs, has_steps, has_trace, is_scoring)
 
     def take(self, request_id: str) -> StepNotes | None:
         """The details since the last call, which are forgotten here."""
@@ -101,8 +109,9 @@ class StepWatcher:
         ):
             totals.seconds[name] += ms / 1e3
         for event in events:
-            self._count(event)
             wish = self._wishes.get(event.state.request_id)
+            if wish is None or not wish.is_scoring:
+                self._count(event)
             if wish is not None:
                 self._note(event, wish)
 
@@ -143,10 +152,13 @@ def _logprobs(event: StepEvent, num_top: int) -> list[TokenLogprob]:
     # The token after accepted node i comes from the logits of node i; the first one from the root's.
     rows = [first, *(first + int(node) for node in event.result.accepted_nodes[: len(ids) - 1])]
     table = event.output.logits[rows].float().log_softmax(-1)
-    chosen = table.gather(-1, torch.as_tensor(ids, device=table.device).long()[:, None])[:, 0].tolist()
+    own = table.gather(-1, torch.as_tensor(ids, device=table.device).long()[:, None])
+    chosen, ranks = own[:, 0].tolist(), (table >= own).sum(-1).tolist()
     best = table.topk(num_top, dim=-1) if num_top else None
     tops: list[tuple[tuple[int, float], ...]] = [()] * len(ids)
     if best is not None:
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         tops = [tuple(zip(some_ids, values, strict=True)) for some_ids, values in pairs]
-    return [TokenLogprob(int(i), value, top) for i, value, top in zip(ids, chosen, tops, strict=True)]
+    return [
+        TokenLogprob(int(i), value, top, rank) for i, value, top, rank in zip(ids, chosen, tops, ranks, strict=True)
+    ]

@@ -4,7 +4,8 @@ A field that changes the text is honoured or refused, never dropped. ``ACCEPTED`
 clients that have no effect on the text and are therefore let through unread.
 
 Source: the OpenAI API reference (chat completions, completions); ``top_k``, ``min_p``, ``repetition_penalty``,
-``min_tokens``, ``stop_token_ids``, ``ignore_eos``, ``return_token_ids`` and ``chat_template_kwargs`` as in vLLM.
+``min_tokens``, ``stop_token_ids``, ``ignore_eos``, ``return_token_ids``, ``prompt_logprobs``, ``prompt_logprob_start``
+and ``chat_template_kwargs`` as in vLLM.
 """
 
 from __future__ import annotations
@@ -120,6 +121,16 @@ class CompletionRequest(GenerationRequest):
     echo: Literal[False] = False
     best_of: int | None = None
     suffix: None = None
+    prompt_logprobs: int | None = Field(
+        default=None, ge=0, le=_MAX_LOGPROBS, description="list so many alternatives to each token of the prompt"
+    )
+    prompt_logprob_start: int = Field(default=0, ge=0, description="tokens up to this index are not scored")
+
+    @model_validator(mode="after")
+    def _prompt_scores_come_whole(self) -> CompletionRequest:
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs needs stream = false")
+        return self
 
     @model_validator(mode="after")
     def _best_of_is_n(self) -> CompletionRequest:

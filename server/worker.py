@@ -243,7 +243,10 @@ class EngineWorker:
         if request_id not in self._live:  # ended with others while it waited here
             return
         self._choices.set(request_id, job.choice)
-        self._watcher.watch(request_id, num_logprobs=job.num_logprobs, has_steps=job.has_steps, has_trace=job.has_trace)
+        self._watcher.watch(
+            request_id, num_logprobs=job.num_logprobs, has_steps=job.has_steps, has_trace=job.has_trace,
+            is_scoring=job.choice.script_ids is not None,
+        )  # fmt: skip
         try:
             self._engine.submit(job.request)
         except SpecdecError as error:

@@ -19,12 +19,15 @@ from specdec.server.sidecar.service import Job, Speed, SpeedOptions
 from specdec.server.sidecar.splice import StreamBroken
 from specdec.server.sidecar.tokens import Tokens
 from specdec.server.sidecar.upstream import Question, Unreachable, Upstream, end_to_end
+from specdec.server.sidecar.whole import Misfit
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["Sidecar", "create_app"]
 
 _BEGUN = web.RequestKey("begun", web.StreamResponse)  # the answer whose head the client has
+_BUSY = frozenset({429, 502, 503, 504})
+_OF_STREAMS = frozenset({"content-type", "content-length", "cache-control", "x-accel-buffering"})
 _CIRCUIT = {"closed": 0, "half-open": 1, "open": 2}
 _MAX_COPY = 8 << 20  # bytes of an answer that are kept for whoever reads it afterwards
 _ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/models")
@@ -101,7 +104,8 @@ class Sidecar:
             return web.Response(body=job.cached.body, headers={"Content-Type": job.cached.content_type})
         try:
             async with asyncio.timeout(self.options.timeouts.total_s):
-                return await self._relay(request, job, arrived)
+                relay = self._relay if job.shape is None else self._assemble
+                return await relay(request, job, arrived)
         except TimeoutError:
             raise Unreachable(504, f"the request took longer than {self.options.timeouts.total_s} s") from None
         finally:
@@ -109,36 +113,61 @@ class Sidecar:
 
     async def _relay(self, request: web.Request, job: Job, arrived: float) -> web.StreamResponse:
         async with self.upstream.ask(job.question) as answer:
-            if answer.status >= 400:
-                self.metrics.errors.labels(str(answer.status)).inc()
-            client = await self._begin(request, answer)
-            self.metrics.ttft.observe(perf_counter() - arrived)
-            copy: list[bytes] | None = [] if job.wants_copy and answer.status == 200 else None
-            num_bytes = 0
+            return await self._pass(request, job, answer, arrived)
+
+    async def _assemble(self, request: web.Request, job: Job, arrived: float) -> web.StreamResponse:
+        """Answer a request that is not streamed from a stream; where that does not fit, ask as the client did."""
+        assert job.run is not None
+        assert job.shape is not None
+        assert job.plain is not None
+        async with self.upstream.ask(job.question) as answer:
+            if answer.status in _BUSY:
+                return await self._pass(request, Job(job.plain), answer, arrived)
             try:
-                async with aclosing(self._answer(answer, job)) as pieces:
-                    async for piece in pieces:
-                        await client.write(piece)
-                        if copy is not None:
-                            num_bytes += len(piece)
-                            copy.append(piece)
-                            copy = copy if num_bytes <= _MAX_COPY else None
-                await client.write_eof()
-            except (aiohttp.ClientError, TimeoutError, ConnectionError, StreamBroken):
-                _cut(request)  # what the client has is no whole answer, and it must not look like one
-                return client
-            if copy is not None and self.speed is not None:
-                self.speed.finished(job, answer.headers, b"".join(copy))
-            if job.run is not None and self.speed is not None:
-                self.speed.accelerated(job)
+                if answer.status == 200 and _is_stream(answer):
+                    body = await job.run.whole(answer, job.shape)
+                    headers = end_to_end(answer.headers.items(), drop=_OF_STREAMS)
+                    headers["Content-Type"] = "application/json"
+                    self.metrics.ttft.observe(perf_counter() - arrived)
+                    if self.speed is not None:
+                        self.speed.finished(job, headers, body)
+                    return web.Response(body=body, headers=headers)
+            except (aiohttp.ClientError, TimeoutError, ConnectionError, StreamBroken, Misfit) as error:
+                logger.info("an answer is asked for again as the client did: %s", error)
+        return await self._relay(request, Job(job.plain), arrived)
+
+    async def _pass(
+        self, request: web.Request, job: Job, answer: aiohttp.ClientResponse, arrived: float
+    ) -> web.StreamResponse:
+        if answer.status >= 400:
+            self.metrics.errors.labels(str(answer.status)).inc()
+        client = await self._begin(request, answer)
+        self.metrics.ttft.observe(perf_counter() - arrived)
+        copy: list[bytes] | None = [] if job.wants_copy and answer.status == 200 else None
+        num_bytes = 0
+        try:
+            async with aclosing(self._answer(answer, job)) as pieces:
+                async for piece in pieces:
+                    await client.write(piece)
+                    if copy is not None:
+                        num_bytes += len(piece)
+                        copy.append(piece)
+                        copy = copy if num_bytes <= _MAX_COPY else None
+            await client.write_eof()
+        except (aiohttp.ClientError, TimeoutError, ConnectionError, StreamBroken):
+            _cut(request)  # what the client has is no whole answer, and it must not look like one
             return client
+        if copy is not None and self.speed is not None:
+            self.speed.finished(job, answer.headers, b"".join(copy))
+        if job.run is not None and self.speed is not None:
+            self.speed.accelerated(job)
+        return client
 
     def _answer(self, answer: aiohttp.ClientResponse, job: Job) -> AsyncGenerator[bytes, None]:
         """The body that the client gets."""
-        is_events = answer.headers.get("Content-Type", "").startswith("text/event-stream")
-        is_plain = "Content-Encoding" not in answer.headers and "Content-Length" not in answer.headers
-        if job.run is not None and answer.status == 200 and is_events and is_plain:
+        if job.run is not None and answer.status == 200 and _is_stream(answer):
             return job.run.pieces(answer)
+        is_events = answer.headers.get("Content-Type", "").startswith("text/event-stream")
         return self._watched(answer) if job.wants_copy and is_events and self.speed else self._pieces(answer)
 
     async def _watched(self, answer: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
@@ -188,6 +217,12 @@ class Sidecar:
             "upstream": {"url": self.upstream.base, "circuit": state},
             "requests_under_way": self.num_in_flight,
         } | ({"speed": self.speed.table()} if self.speed is not None else {})
+
+
+def _is_stream(answer: aiohttp.ClientResponse) -> bool:
+    """Events that can be read as they come."""
+    is_events = answer.headers.get("Content-Type", "").startswith("text/event-stream")
+    return is_events and "Content-Encoding" not in answer.headers and "Content-Length" not in answer.headers
 
 
 def _route(path: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from specdec.server.sidecar.gates import Budget, LoadGate
 from specdec.server.sidecar.metrics import SidecarMetrics
-from specdec.server.sidecar.plan import PlanOptions, Timing, best_layout
+from specdec.server.sidecar.plan import Layout, PlanOptions, Timing, best_layout, best_round
 from specdec.server.sidecar.splice import Guess
 from specdec.suffix_tree.cache import SuffixCache
 
@@ -75,6 +75,7 @@ class Drafting:
         may_learn: the output is kept.
         may_write: events of a branch can be written now.
         is_sampled: a continuation is another draw.
+        proto: race, grid or rounds.
     """
 
     def __init__(
@@ -87,9 +88,14 @@ class Drafting:
         may_learn: bool,
         may_write: Callable[[], bool],
         is_sampled: bool,
+        proto: str = "grid",
     ) -> None:
         self._shop, self._id, self._tenant, self._limit = shop, request_id, tenant, limit
         self._may_learn, self._may_write, self._is_sampled = may_learn, may_write, is_sampled
+        self._proto = proto
+        self._layout: Callable[[Sequence[float], Timing, PlanOptions], Layout] = (
+            best_round if proto == "rounds" else best_layout
+        )
         self._is_live = False
         self._num_output = 0
         self._draft: tuple[list[int], list[float]] = ([], [])
@@ -123,7 +129,7 @@ class Drafting:
         ids, reach = self._draft
         if len(ids) < shop.plan.min_segment or not self._may_write():
             return Guess()
-        layout = best_layout(reach, shop.timing, shop.plan)
+        layout = self._layout(reach, shop.timing, shop.plan)
         if not layout.offsets or shop.gate.why_closed is not None or (self._is_sampled and shop.has_uncut):
             return Guess()
         segment = layout.offsets[0]
@@ -141,7 +147,7 @@ class Drafting:
         reserved = self._reserved.pop(0)
         wasted = 0 if result == "adopted" else reserved if result == "miss" else min(reserved, num_wasted)
         shop.budget.settle(self._tenant, 1, reserved - wasted)
-        shop.metrics.attempts.labels("race" if shop.plan.max_branches == 1 else "grid", result).inc()
+        shop.metrics.attempts.labels(self._proto, result).inc()
         shop.metrics.wasted.labels("decode").inc(num_wasted)
         shop.has_uncut |= result == "uncut"
         if result == "adopted":

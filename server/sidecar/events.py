@@ -11,9 +11,12 @@ import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-__all__ = ["DONE", "EventSplitter", "Framing", "IdShape", "Piece", "read_event", "restore", "with_fields"]
+__all__ = [
+    "DONE", "EventSplitter", "Framing", "IdShape", "Piece", "Style", "client_usage", "dump", "read_event", "restore",
+    "style_of", "with_fields",
+]  # fmt: skip
 
 DONE = b"[DONE]"
 _BREAK = re.compile(rb"\r?\n\r?\n")
@@ -23,6 +26,7 @@ _IDS = re.compile(rb"(,\s*)?" + _FIELD)
 _FIRST_IDS = re.compile(rb"(?<=\{)\s*" + _FIELD + rb"\s*,\s*")  # without a comma before it there may be one behind it
 
 IdShape = Literal["absent", "null"]
+Style: TypeAlias = tuple[tuple[str, str], bool]  # separators, and whether all is ASCII
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +148,13 @@ class Framing:
     kind: Literal["chat", "text"]
     shapes: Mapping[str, IdShape]
     _template: dict[str, Any] | None = field(default=None, init=False)
-    _style: tuple[tuple[str, str], bool] | None = field(default=None, init=False)
+    _style: Style | None = field(default=None, init=False)
     _is_odd: bool = field(default=False, init=False)
+
+    @property
+    def is_odd(self) -> bool:
+        """Something unknown was seen."""
+        return self._is_odd
 
     @property
     def can_write(self) -> bool:
@@ -168,12 +177,8 @@ class Framing:
         except ValueError:  # more lines than one, or a field that cannot be cut out
             self._is_odd = True
             return
-        for separators in ((",", ":"), (", ", ": ")):
-            for is_ascii in (False, True):
-                if _dump(event, (separators, is_ascii)) == data:
-                    self._style, self._template = (separators, is_ascii), event
-                    return
-        self._is_odd = True
+        self._style, self._template = style_of(event, data), event
+        self._is_odd |= self._style is None
 
     def write(self, piece: Piece, *, prompt_tokens: int, earlier_tokens: int) -> bytes:
         """An event of a branch as one of the client's stream.
@@ -193,17 +198,17 @@ class Framing:
         event = {key: deepcopy(self._template[key]) for key in order if key in self._template}
         event["choices"] = [self._choice(piece, choices[0])] if choices else []
         if "usage" in piece.event:
-            made = {"usage": _usage(piece.event["usage"], prompt_tokens, earlier_tokens)}
+            made = {"usage": client_usage(piece.event["usage"], prompt_tokens, earlier_tokens)}
             keys = [key for key in order if key in event or key in made]
             event = {key: (event | made)[key] for key in (*keys, *(made if "usage" not in keys else ()))}
-        return b"data: " + _dump(event, self._style) + b"\n\n"
+        return b"data: " + dump(event, self._style) + b"\n\n"
 
     def write_text(self, text: str) -> bytes:
         """An event with some text and no end."""
         assert self._template is not None
         assert self._style is not None
         event = {**self._template, "choices": [self._choice(Piece(text=text), {})]}
-        return b"data: " + _dump(event, self._style) + b"\n\n"
+        return b"data: " + dump(event, self._style) + b"\n\n"
 
     def _choice(self, piece: Piece, branch: Mapping[str, Any]) -> dict[str, Any]:
         assert self._template is not None
@@ -219,11 +224,21 @@ class Framing:
         return choice
 
 
-def _dump(value: Any, style: tuple[tuple[str, str], bool]) -> bytes:
+def dump(value: Any, style: Style) -> bytes:
+    """A value in JSON."""
     return json.dumps(value, separators=style[0], ensure_ascii=style[1]).encode()
 
 
-def _usage(usage: Mapping[str, Any] | None, prompt_tokens: int, earlier_tokens: int) -> dict[str, Any] | None:
+def style_of(value: Any, data: bytes) -> Style | None:
+    """How a value was written, if `dump` can write the same."""
+    for separators in ((",", ":"), (", ", ": ")):
+        for is_ascii in (False, True):
+            if dump(value, (separators, is_ascii)) == data:
+                return separators, is_ascii
+    return None
+
+
+def client_usage(usage: Mapping[str, Any] | None, prompt_tokens: int, earlier_tokens: int) -> dict[str, Any] | None:
     """A branch's counts as the client's: the draft was its output, not its prompt."""
     if usage is None:
         return None

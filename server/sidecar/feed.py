@@ -3,6 +3,7 @@
 ``prediction`` (OpenAI's field; Fireworks, Cerebras and ``specdec serve`` take it) carries text, vLLM with our proposer
 takes token ids in ``vllm_xargs``. The text of the answer is as lossless as the server's own verification. What is
 rejected may be billed, so a tenant whose predictions fail is left alone, but for one in twenty that tries again.
+SGLang takes text for all requests at once instead: see `specdec.server.sidecar.corpora`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from specdec.suffix_tree.cache import SuffixCache
 
 __all__ = ["FeedKind", "Feeder"]
 
-FeedKind = Literal["prediction", "vllm-plugin"]
+FeedKind = Literal["prediction", "vllm-plugin", "sglang-corpus"]
 _MAX_TOKENS = 256
 _TRIALS, _LEAST_RATE, _RETRY = 5, 0.1, 20
 _ACCEPTED = re.compile(rb'"accepted_prediction_tokens"\s*:\s*(\d+)')

@@ -19,7 +19,7 @@ import numpy as np
 
 from specdec.server.sidecar.drafting import Shop, drafts_of
 from specdec.server.sidecar.events import EventSplitter, read_event
-from specdec.server.sidecar.plan import PlanOptions, Timing, best_layout
+from specdec.server.sidecar.plan import PlanOptions, Timing, best_layout, best_round
 from specdec.server.sidecar.requests import Asked
 from specdec.server.sidecar.tokens import Tokens
 
@@ -49,9 +49,9 @@ class Passed:
 
 def simulate(
     shop: Shop, request_id: str, prompt_ids: Sequence[int], output_ids: Sequence[int], *, tenant: str,
-    plan: PlanOptions, timing: Timing,
+    plan: PlanOptions, timing: Timing, is_rounds: bool = False,
 ) -> tuple[float, int]:  # fmt: skip
-    """What the segment rule would save on a recorded answer, drafting from the store as it is now.
+    """What the segment rule, or rounds, would save on a recorded answer, drafting from the store as it is now.
 
     Returns:
         Seconds that the answer takes less, and branches launched. The request is live only within this call.
@@ -68,12 +68,17 @@ def simulate(
             at, new = at + new, 1
             room = max(0, min(plan.max_draft, len(output) - at))
             ids, reach = drafts_of(cache, request_id, piece, limit=room, threshold=plan.min_probability)
-            layout = best_layout(reach, timing, plan) if len(ids) >= plan.min_segment else None
+            rule = best_round if is_rounds else best_layout
+            layout = rule(reach, timing, plan) if len(ids) >= plan.min_segment else None
             if layout is None or not layout.offsets:
                 continue
             launched += len(layout.offsets)
             segment = layout.offsets[0]
             right = next((i for i, token in enumerate(ids) if output[at + i] != token), len(ids))
+            if is_rounds:
+                new, won_s = _round(min(right + 1, len(output) - at - 1), timing, step_s)
+                saved += won_s
+                continue
             adopted = sum(1 for offset in layout.offsets if offset <= right and at + offset < len(output))
             if adopted:
                 # The last one adopted goes on alone; all that it had produced by then comes at once.
@@ -86,6 +91,15 @@ def simulate(
     finally:
         cache.finish(request_id)
     return saved, launched
+
+
+def _round(num_said: int, timing: Timing, step_s: float) -> tuple[int, float]:
+    """Tokens until the next draft, and seconds saved, of a verdict that says so many tokens."""
+    once_s = timing.open_s + step_s  # for the verdict, and again for the continuation behind it
+    ahead = num_said - int(once_s / step_s)
+    if (ahead - 1) * step_s <= timing.open_s:
+        return max(1, int(once_s / step_s)), 0.0
+    return max(1, num_said), max(0.0, (num_said + 1) * step_s - 2 * once_s)
 
 
 class Learner:
@@ -102,9 +116,10 @@ class Learner:
         self._queue: asyncio.Queue[Passed] = asyncio.Queue(_QUEUED)
         self._numbers = count()
         self._task: asyncio.Task[None] | None = None
-        self.saved: dict[str, float] = {"race": 0.0, "grid": 0.0}  # seconds
+        self.saved: dict[str, float] = {"race": 0.0, "grid": 0.0, "rounds": 0.0}  # seconds; rounds: greedy answers only
         self.total_s = 0.0  # of the answers that the estimate covers, at the measured step
         self.num_answers = 0
+        self.on_text: Callable[[str], None] | None = None  # called by the thread that learns, for each answer
 
     def start(self) -> None:
         """Begin to work off the queue; on the event loop."""
@@ -139,32 +154,36 @@ class Learner:
                 self._queue.task_done()
 
     def _learn(self, passed: Passed) -> None:
-        prompt, output = self._read(passed)
+        prompt, output, said = self._read(passed)
+        if self.on_text is not None:
+            self.on_text(said)
         if not output:
             return
         if prompt is not None and passed.is_stream:
-            self._estimate(passed.tenant, prompt, output)
+            self._estimate(passed.tenant, prompt, output, is_greedy=passed.asked.is_greedy)
         text = [*(prompt or [])[-64:], *output]  # the prompt's end tells where such an answer begins
         self._shop.cache.insert(f"learned-{next(self._numbers)}", np.array(text, np.int32), tenant=passed.tenant)
         self._shop.metrics.learned.inc(len(output))
 
-    def _estimate(self, tenant: str, prompt: Sequence[int], output: Sequence[int]) -> None:
+    def _estimate(self, tenant: str, prompt: Sequence[int], output: Sequence[int], *, is_greedy: bool) -> None:
         timing, plan = replace(self._shop.timing), self._shop.plan
         if timing.step_s is None:
             return
         output = output[:_MAX_SHADOW_TOKENS]
         self.num_answers += 1
         self.total_s += len(output) * timing.step_s
-        for proto, branches in (("race", 1), ("grid", max(2, plan.max_branches))):
+        for proto, branches in (("race", 1), ("grid", max(2, plan.max_branches)), ("rounds", 1)):
+            if proto == "rounds" and not is_greedy:
+                continue
             saved, _ = simulate(
                 self._shop, f"shadow-{next(self._numbers)}", prompt, output, tenant=tenant,
-                plan=replace(plan, max_branches=branches), timing=timing,
+                plan=replace(plan, max_branches=branches), timing=timing, is_rounds=proto == "rounds",
             )  # fmt: skip
             self.saved[proto] += saved
             self._shop.metrics.shadow.labels(proto).inc(saved)
 
-    def _read(self, passed: Passed) -> tuple[list[int] | None, list[int]]:
-        """Token ids of prompt and output: as the upstream tells them, else by the tokenizer."""
+    def _read(self, passed: Passed) -> tuple[list[int] | None, list[int], str]:
+        """Token ids of prompt and output, as the upstream tells them, else by the tokenizer; and the output's text."""
         prompt: list[int] | None = None
         output: list[int] = []
         text = ""
@@ -175,7 +194,7 @@ class Learner:
             text += event[2]
         if not output:
             output = self._tokens.encode(text) or []
-        return prompt if prompt is not None else self._tokens.prompt_ids(passed.asked), output
+        return prompt if prompt is not None else self._tokens.prompt_ids(passed.asked), output, text
 
     def shadow(self) -> dict[str, Any]:
         """The estimate so far."""

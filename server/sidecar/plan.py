@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from specdec.errors import ConfigError
 
-__all__ = ["Layout", "PlanOptions", "Timing", "best_layout"]
+__all__ = ["Layout", "PlanOptions", "Timing", "best_layout", "best_round"]
 
 _FIRST_OPEN_S = 0.03  # until one was measured: a fast server's own cost and some network
 _SMOOTHING = 0.1
@@ -117,3 +117,21 @@ def best_layout(reach: Sequence[float], timing: Timing, options: PlanOptions) ->
         if gain_s > best.gain_s:
             best = Layout(offsets, gain_s)
     return best if best.gain_s >= options.min_gain_s else Layout()
+
+
+def best_round(reach: Sequence[float], timing: Timing, options: PlanOptions) -> Layout:
+    """The draft to have verified in one pass, as a single offset at its end; none if it saves too little.
+
+    While it is verified and the request is opened again behind it, the client's own stream flows on. So what is saved
+    is the time of the accepted tokens less that of these two requests.
+
+    Args:
+        reach: probability that the stream repeats the draft up to and with token i; not increasing.
+        timing: of the upstream.
+        options: what may be launched.
+    """
+    likely = sum(1 for probability in reach[: options.max_draft] if probability >= options.min_probability)
+    if timing.step_s is None or likely < options.min_segment:
+        return Layout()
+    gain_s = sum(reach[:likely]) * timing.step_s - 2 * (timing.open_s + timing.step_s)
+    return Layout((likely,), gain_s) if gain_s >= max(options.min_gain_s, 0.0) else Layout()

@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 import aiohttp
 from multidict import CIMultiDict
 
 from specdec.server.sidecar.events import EventSplitter, IdShape, Piece, read_event
 from specdec.server.sidecar.upstream import Question, Unreachable, Upstream
+from specdec.server.sidecar.verify import Verdict, VerifyWay, ask_verdict
+from specdec.server.sidecar.whole import Misfit, Parts, WholeShape
 
 __all__ = ["Capabilities", "probe"]
 
 _TEXT = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n"
 _NUM_TOKENS = 8
+_PLAIN = {"max_tokens": _NUM_TOKENS, "temperature": 0, "ignore_eos": True}
 _PROBE_S = 30.0
+_WAYS: Mapping[str, tuple[VerifyWay, ...]] = {
+    "vllm": ("generate", "completions"), "specdec": ("completions",), "sglang": ("sglang",)
+}  # fmt: skip
 _METRICS = {"vllm": "vllm:num_requests_waiting", "specdec": "specdec:num_requests_waiting",
             "sglang": "sglang:num_queue_reqs"}  # fmt: skip
 
@@ -41,6 +48,8 @@ class Capabilities:
         drops_empty: events without text are left out when token ids are not asked for.
         continues: a prompt of token ids is continued as the same output was.
         is_keyed: with a seed, also at temperature 1.
+        verifies: how a draft's scores can be had: a right draft was accepted, a wrong one rejected where it is wrong.
+        wholes: route -> how it writes answers that are not streamed, where these were put together from a stream.
         has_prediction: chat takes ``prediction``.
         waiting_metric: name of the gauge of its queue, at ``/metrics``.
         notes: why something was not shown.
@@ -54,13 +63,15 @@ class Capabilities:
     drops_empty: bool = False
     continues: bool = False
     is_keyed: bool = False
+    verifies: VerifyWay | None = None
+    wholes: Mapping[str, WholeShape] = field(default_factory=dict)
     has_prediction: bool = False
     waiting_metric: str | None = None
     notes: tuple[str, ...] = ()
 
     def table(self) -> dict[str, Any]:
         """For ``/health``."""
-        return asdict(self)
+        return asdict(replace(self, wholes={})) | {"wholes": sorted(self.wholes)}
 
 
 class _Prober:
@@ -79,19 +90,27 @@ class _Prober:
             return {}
         return value if isinstance(value, dict) else {}
 
-    async def stream(self, **body: Any) -> list[Piece]:
-        """The events of a completion; empty if it was refused."""
-        body = {"stream": True, "max_tokens": _NUM_TOKENS, "temperature": 0, "ignore_eos": True, **body}
+    async def verdict(
+        self, way: VerifyWay, model: str, prompt: tuple[int, ...], draft: list[int], *, has_start: bool
+    ) -> Verdict | None:
         headers = self._headers.copy()
         headers["Content-Type"] = "application/json"
-        question = Question("POST", "/v1/completions", headers, json.dumps(body).encode())
+        question = Question("POST", "/v1/completions", headers)
+        salt = secrets.token_hex(8) if way == "generate" else None  # what was just generated would be cached, scoreless
+        return await ask_verdict(self._upstream, question, way, model, prompt, draft, salt=salt, has_start=has_start)
+
+    async def stream(self, **body: Any) -> list[Piece]:
+        """The events of a completion; empty if it was refused."""
+        raw = await self.post("/v1/completions", {"stream": True, **_PLAIN, **body})
+        return [read_event(event) for event in EventSplitter().feed(raw)]
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> bytes:
+        """The answer to a request; empty if it was refused."""
+        headers = self._headers.copy()
+        headers["Content-Type"] = "application/json"
+        question = Question("POST", path, headers, json.dumps(body).encode())
         async with self._upstream.ask(question, is_extra=True) as answer:
-            if answer.status != 200:
-                return []
-            splitter, events = EventSplitter(), []
-            async for data in answer.content.iter_any():
-                events += [read_event(raw) for raw in splitter.feed(data)]
-            return events
+            return await answer.read() if answer.status == 200 else b""
 
 
 async def probe(upstream: Upstream, *, key: str | None, is_full: bool, kind: str | None = None) -> Capabilities:
@@ -154,6 +173,8 @@ async def _try_out(prober: _Prober, model: str, kind: str) -> dict[str, Any]:
     found: dict[str, Any] = {"has_ids": True, "shapes": shapes, "continues": rest == output[half:]}
     if not found["continues"]:
         return {**found, "notes": ("a prompt of token ids is not continued as its text was",)}
+    found["wholes"] = await _wholes(prober, model)
+    found["verifies"] = await _way(prober, model, kind, prompt, output)
     if kind != "specdec":
         return found  # a seed that is a function of the position is no accident, and no other server states it
     drawn = {"temperature": 2.0, "seed": 12345}
@@ -163,6 +184,49 @@ async def _try_out(prober: _Prober, model: str, kind: str) -> dict[str, Any]:
         prober, model, prompt, ids[:half], **drawn
     )
     return found
+
+
+async def _way(prober: _Prober, model: str, kind: str, prompt: tuple[int, ...], output: list[int]) -> VerifyWay | None:
+    """The first way of having drafts scored that judges a right one and a wrong one as it must."""
+    half, last = _NUM_TOKENS // 2, _NUM_TOKENS - 1
+    other = next(token for token in prompt if token != output[half])
+    wrong = [*output[:half], other, *output[half + 1 : last]]
+    for way in _WAYS.get(kind, ()):
+        try:
+            verdicts = [
+                await prober.verdict(way, model, prompt, draft, has_start=kind == "specdec")
+                for draft in (output[:last], wrong, output[:last])
+            ]
+        except (Unreachable, aiohttp.ClientError):
+            continue
+        right, rejected = Verdict(tuple(output), last), Verdict(tuple(output[: half + 1]), half)
+        if verdicts == [right, rejected, right]:
+            return way
+    return None
+
+
+async def _wholes(prober: _Prober, model: str) -> dict[str, WholeShape]:
+    """The shapes of whole answers, of those routes where one put together from a stream has the same bytes."""
+    shapes: dict[str, WholeShape] = {}
+    chat = {"messages": [{"role": "user", "content": _TEXT}], **_PLAIN, "model": model}
+    text = {"prompt": _TEXT, **_PLAIN, "model": model}
+    routes: tuple[tuple[Literal["chat", "text"], str, dict[str, Any]], ...] = (
+        ("chat", "/v1/chat/completions", chat), ("text", "/v1/completions", text)
+    )  # fmt: skip
+    for kind, path, body in routes:
+        try:
+            shape = WholeShape.learned(kind, await prober.post(path, body))
+            parts, more = Parts(), {"max_tokens": _NUM_TOKENS - 1}
+            asked = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
+            raw = await prober.post(path, {**body, **more, **asked})
+            for event in EventSplitter().feed(raw):
+                parts.take(read_event(event))
+            plain = await prober.post(path, {**body, **more})
+            if shape.is_same(plain, parts):
+                shapes[kind] = shape
+        except (Misfit, Unreachable, aiohttp.ClientError):
+            continue
+    return shapes
 
 
 async def _continued(prober: _Prober, model: str, prompt: tuple[int, ...], output: list[int], **more: Any) -> list[int]:

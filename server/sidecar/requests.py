@@ -109,16 +109,19 @@ def read_request(path: str, body: bytes) -> Asked | None:
     return Asked(kind, value) if isinstance(value, dict) else None
 
 
-def continuable(asked: Asked, *, is_keyed: bool) -> Continuable | str:
+def continuable(asked: Asked, *, is_keyed: bool, has_whole: bool = False) -> Continuable | str:
     """How to continue the request, or the reason why that would change its law.
 
     Args:
         asked: the request.
         is_keyed: the upstream's noise is a function of seed and position, so that a seed may be used again.
+        has_whole: an answer that is not streamed can be put together from a stream.
     """
     body = asked.body
-    if not asked.is_stream:
+    if not (asked.is_stream or has_whole):
         return "the answer is not streamed"
+    if not asked.is_stream and body.get("stream_options") is not None:
+        return "stream_options without a stream"
     for name, value in body.items():
         if name in _ANYTHING or value is None:
             continue
@@ -136,7 +139,7 @@ def continuable(asked: Asked, *, is_keyed: bool) -> Continuable | str:
         isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(type(x) is int for x in prompt))
     ):
         return "there is more than one prompt"
-    usage = (body.get("stream_options") or {}).get("include_usage") is True
+    usage = not asked.is_stream or (body.get("stream_options") or {}).get("include_usage") is True
     if set(body.get("stream_options") or {}) - {"include_usage"}:
         return "stream_options asks for more than usage"
     sampling = {name: body[name] for name in _SAMPLING if body.get(name) is not None}

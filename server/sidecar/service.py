@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import secrets
@@ -15,6 +16,7 @@ from multidict import CIMultiDict
 
 from specdec.errors import ConfigError
 from specdec.server.sidecar.audit import Case, audit
+from specdec.server.sidecar.corpora import CorpusFeeder
 from specdec.server.sidecar.drafting import Drafting, Shop
 from specdec.server.sidecar.events import Framing, with_fields
 from specdec.server.sidecar.exact_cache import CachedAnswer, ExactCache
@@ -28,13 +30,15 @@ from specdec.server.sidecar.requests import Asked, continuable, privacy_of, read
 from specdec.server.sidecar.speed import HttpOpener, Run
 from specdec.server.sidecar.tokens import Tokens, load_tokens
 from specdec.server.sidecar.upstream import Question, Unreachable, Upstream
+from specdec.server.sidecar.whole import WholeShape
 from specdec.suffix_tree.cache import SuffixCache
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["BudgetOptions", "Job", "Mode", "PlanOptions", "Speed", "SpeedOptions", "load_tokens"]
 
-Mode = Literal["off", "observe", "feed", "race", "grid"]
+Mode = Literal["off", "observe", "feed", "race", "grid", "rounds"]
+_FULL = ("race", "grid", "rounds")
 _POLL_S = 1.0
 
 
@@ -43,7 +47,8 @@ class SpeedOptions:
     """What may be done beyond relaying.
 
     Args:
-        mode: off, observe (learn and estimate), feed (send drafts along), race (one branch) or grid (several).
+        mode: off, observe (learn and estimate), feed (send drafts along), race (one branch), grid (several) or rounds
+            (greedy drafts verified by the upstream's scores).
         plan: of branches; a race has one, whatever it says.
         budget: of extra tokens.
         is_single_tenant: all clients share one store; else each key has its own, and requests without one have none.
@@ -77,6 +82,8 @@ class SpeedOptions:
             raise ConfigError(f"mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
         if not 0 <= self.audit_share <= 1:
             raise ConfigError(f"audit_share must be in [0, 1], got {self.audit_share}")
+        if self.feed == "sglang-corpus" and not self.is_single_tenant:
+            raise ConfigError("feed sglang-corpus shows all clients' text in all clients' speed: it needs one tenant")
         if self.mode == "grid" and self.plan.max_branches < 2:
             raise ConfigError(f"a grid needs at least 2 branches, got {self.plan.max_branches}")
 
@@ -93,6 +100,8 @@ class Job:
         cache_key: where the answer may be kept.
         case: to be audited afterwards, but for the output.
         fed: the tenant whose draft went along.
+        shape: the client wants an answer that is not streamed, in this shape.
+        plain: the question as the client wrote it, where ``shape`` is set.
     """
 
     question: Question
@@ -102,6 +111,8 @@ class Job:
     cache_key: bytes | None = None
     case: Case | None = None
     fed: str | None = None
+    shape: WholeShape | None = None
+    plain: Question | None = None
 
     @property
     def wants_copy(self) -> bool:
@@ -140,6 +151,7 @@ class Speed:
         self.exact = ExactCache(options.cache_ttl_s) if options.cache_ttl_s > 0 else None
         self.refused: dict[str, int] = {}  # why requests were not accelerated
         self.feeder: Feeder | None = None
+        self.corpora: CorpusFeeder | None = None
         self.fault: str | None = None  # why acceleration is off for good
         self._audits: set[asyncio.Task[None]] = set()
         self._secret = options.secret or secrets.token_bytes(32)
@@ -148,11 +160,15 @@ class Speed:
     async def start(self) -> None:
         """Compile what drafts, look at the upstream, and begin to learn."""
         await asyncio.to_thread(self.shop.cache.warmup)
-        is_full = self.options.mode in ("race", "grid")
+        is_full = self.options.mode in _FULL
         key = self.options.probe_key
         self.capabilities = await probe(self.upstream, key=key, is_full=is_full, kind=self.options.kind)
         kind = self.options.feed or ("prediction" if self.capabilities.has_prediction else None)
-        if self.options.mode == "feed" and kind is not None:
+        if self.options.mode == "feed" and kind == "sglang-corpus":
+            self.corpora = CorpusFeeder(self.upstream, key)
+            self.learner.on_text = self.corpora.take
+            self.corpora.start()
+        elif self.options.mode == "feed" and kind is not None:
             self.feeder = Feeder(kind, self.shop.cache, self.tokens)
         self.learner.start()
         if is_full and self.capabilities.waiting_metric is not None:
@@ -161,6 +177,8 @@ class Speed:
     async def close(self) -> None:
         """Stop what runs in the background."""
         await self.learner.close()
+        if self.corpora is not None:
+            await self.corpora.close()
         for task in self._audits:
             task.cancel()
         await asyncio.gather(*self._audits, return_exceptions=True)
@@ -190,7 +208,13 @@ class Speed:
         run, why = self._run(question, asked, tenant, may_learn=privacy.may_learn)
         if run is not None:
             case = self._case(question, asked)
-            question = replace(question, body=with_fields(question.body, return_token_ids=True, **run.opener.extra))
+            extra = {"return_token_ids": True, **run.opener.extra}
+            if not asked.is_stream:
+                own = {**asked.body, "stream": True, "stream_options": {"include_usage": True}, **extra}
+                streamed = replace(question, body=json.dumps(own).encode())
+                shape = self.capabilities.wholes[asked.kind]
+                return Job(streamed, run=run, cache_key=key, case=case, shape=shape, plain=question)
+            question = replace(question, body=with_fields(question.body, **extra))
             return Job(question, run=run, cache_key=key, case=case)
         if why is not None:
             self.refused[why] = self.refused.get(why, 0) + 1
@@ -201,16 +225,19 @@ class Speed:
         return Job(question, passed=passed, cache_key=key, fed=tenant if fields else None)
 
     def _run(self, question: Question, asked: Asked, tenant: str, *, may_learn: bool) -> tuple[Run | None, str | None]:
-        if self.options.mode not in ("race", "grid"):
+        if self.options.mode not in _FULL:
             return None, None
         if self.fault is not None:
             return None, self.fault
         able = self.capabilities
         if not (able.has_ids and able.continues):
             return None, "the upstream was not shown to continue prompts of token ids"
-        plan = continuable(asked, is_keyed=able.is_keyed)
+        plan = continuable(asked, is_keyed=able.is_keyed, has_whole=asked.kind in able.wholes)
         if isinstance(plan, str):
             return None, plan
+        is_rounds = self.options.mode == "rounds"
+        if is_rounds and (why := self._no_rounds(asked)) is not None:
+            return None, why
         is_sampled = not asked.is_greedy and plan.seed is None
         if is_sampled and self.tokens.tokenizer is None:
             return None, "sampled requests need the tokenizer"
@@ -219,9 +246,22 @@ class Speed:
         framing = Framing(asked.kind, able.shapes)
         drafting = Drafting(
             self.shop, secrets.token_hex(12), tenant, limit=plan.limit, may_learn=may_learn,
-            may_write=lambda: framing.can_write, is_sampled=is_sampled,
+            may_write=lambda: framing.can_write, is_sampled=is_sampled, proto=self.options.mode,
         )  # fmt: skip
-        return Run(self.shop, opener, framing, drafting, self.tokens, able), None
+        watch = self._contradicted if is_rounds else None
+        return Run(self.shop, opener, framing, drafting, self.tokens, able, contradicted=watch), None
+
+    def _no_rounds(self, asked: Asked) -> str | None:
+        """Why the request's drafts cannot be verified by the upstream's scores."""
+        if not asked.is_greedy or asked.body.get("logit_bias"):
+            return "scores verify greedy decoding without a bias only"
+        if self.capabilities.verifies is None:
+            return "the upstream was not shown to score drafts rightly"
+        return None if self.tokens.tokenizer is not None else "verified tokens are shown by the tokenizer"
+
+    def _contradicted(self) -> None:
+        self.fault = "a stream said other than its server's scores"
+        logger.error("acceleration is off: %s", self.fault)
 
     def finished(self, job: Job, headers: Mapping[str, str], body: bytes) -> None:
         """An answer with status 200 went to its client, whole."""
@@ -238,7 +278,7 @@ class Speed:
     def _case(self, question: Question, asked: Asked) -> Case | None:
         """What to audit of a request, if it is one of the sample."""
         share = self.options.audit_share
-        if not asked.is_greedy or secrets.randbelow(1_000_000) >= share * 1_000_000:
+        if not (asked.is_greedy and asked.is_stream) or secrets.randbelow(1_000_000) >= share * 1_000_000:
             return None
         return Case(question, (), (), asked.body.get("model"))
 
@@ -289,4 +329,4 @@ class Speed:
             "fault": self.fault,
             "not_accelerated": dict(self.refused),
             "shadow": self.learner.shadow(),
-        }
+        } | ({"corpus": self.corpora.table()} if self.corpora is not None else {})

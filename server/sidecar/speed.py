@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from time import perf_counter
@@ -14,13 +14,16 @@ from typing import Any
 import aiohttp
 
 from specdec.server.sidecar.drafting import Drafting, Shop
-from specdec.server.sidecar.events import EventSplitter, Framing, Piece, read_event, restore
+from specdec.server.sidecar.events import EventSplitter, Framing, Piece, client_usage, read_event, restore
 from specdec.server.sidecar.plan import Timing
 from specdec.server.sidecar.probe import Capabilities
 from specdec.server.sidecar.requests import Continuable
+from specdec.server.sidecar.rounds import Rounds
 from specdec.server.sidecar.splice import Spliced, Splicer, Stream, StreamBroken
 from specdec.server.sidecar.tokens import TextCutter, Tokens
 from specdec.server.sidecar.upstream import Question, Unreachable, Upstream
+from specdec.server.sidecar.verify import Verdict, ask_verdict
+from specdec.server.sidecar.whole import Misfit, Parts, WholeShape
 
 __all__ = ["EventStream", "HttpOpener", "Run"]
 
@@ -174,16 +177,50 @@ class Run:
         drafting: the accounts.
         tokens: to cut events.
         capabilities: of the upstream.
+        contradicted: drafts are verified by the upstream's scores; called when a stream says other than these. None:
+            branches are opened instead.
     """
 
     def __init__(
         self, shop: Shop, opener: HttpOpener, framing: Framing, drafting: Drafting, tokens: Tokens,
-        capabilities: Capabilities,
+        capabilities: Capabilities, *, contradicted: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self.shop, self.opener, self.framing, self.drafting = shop, opener, framing, drafting
         self._cutter = TextCutter(tokens)
+        self._hidden = tokens.special_ids | set(opener.plan.sampling.get("stop_token_ids", ()))
         self._capabilities = capabilities
+        self._contradicted = contradicted
         self.output_ids: list[int] = []
+
+    def _spliced(self, base: Stream) -> AsyncGenerator[Spliced, None]:
+        if self._contradicted is None:
+            return Splicer(base, self.opener, self.drafting, split=self._split).pieces()
+        return Rounds(
+            base, self.opener, self.drafting, verify=self._verdict, show=self._show, split=self._split,
+            is_worth=self._is_worth, contradicted=self._contradicted,
+        ).pieces()  # fmt: skip
+
+    async def _verdict(self, output_ids: Sequence[int], draft: Sequence[int]) -> Verdict | None:
+        opener, able, sent = self.opener, self._capabilities, perf_counter()
+        assert able.verifies is not None
+        verdict = await ask_verdict(
+            opener.upstream, opener.question, able.verifies, opener.plan.sampling.get("model"),
+            [*opener.prompt_ids, *output_ids], draft, salt=opener.extra.get("cache_salt"),
+            has_start=able.kind == "specdec",
+        )  # fmt: skip
+        self.shop.metrics.wasted.labels("prefill").inc(len(draft))
+        if verdict is not None:
+            self.shop.timing.saw_open(perf_counter() - sent)
+        return verdict
+
+    def _show(self, token_ids: Sequence[int]) -> Sequence[Piece]:
+        """What may be shown ahead of the upstream; it says the last token itself, since that ends the answer."""
+        room = self.opener.plan.limit - 1 - len(self.output_ids)
+        return self._cutter.shown(token_ids[: max(0, room)], self._hidden)
+
+    def _is_worth(self, num_tokens: int) -> bool:
+        timing = self.shop.timing
+        return timing.step_s is not None and (num_tokens - 1) * timing.step_s > timing.open_s
 
     async def pieces(self, answer: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
         """What the client gets, event by event.
@@ -191,17 +228,37 @@ class Run:
         Raises:
             StreamBroken: the answer ends without its end.
         """
+        async with aclosing(self._walk(answer)) as walk:
+            async for spliced in walk:
+                if data := self._written(spliced):
+                    yield data
+
+    async def whole(self, answer: aiohttp.ClientResponse, shape: WholeShape) -> bytes:
+        """The same as one answer that is not streamed.
+
+        Raises:
+            StreamBroken: the answer ends without its end.
+            Misfit: it does not fit the shape.
+        """
+        parts = Parts()
+        async with aclosing(self._walk(answer)) as walk:
+            async for spliced in walk:
+                told = (spliced.piece.event or {}).get("usage") if spliced.start else None
+                usage = client_usage(told, len(self.opener.prompt_ids), spliced.start) if told else None
+                parts.take(spliced.piece, usage)
+                if self.framing.is_odd:
+                    raise Misfit("an event that is not understood")
+        return shape.write(parts)
+
+    async def _walk(self, answer: aiohttp.ClientResponse) -> AsyncGenerator[Spliced, None]:
         base = EventStream(answer, self.opener.upstream.options.timeouts.idle_s, AsyncExitStack())
-        splicer = Splicer(_Base(base, self), self.opener, self.drafting, split=self._split)
         try:
-            async with aclosing(splicer.pieces()) as pieces:
+            async with aclosing(self._spliced(_Base(base, self))) as pieces:
                 async for spliced in pieces:
-                    data = self._written(spliced)
+                    yield spliced
                     if spliced.piece.token_ids:
                         self._cutter.extend(spliced.piece.token_ids)
                         self.output_ids += spliced.piece.token_ids
-                    if data:
-                        yield data
         finally:
             self.drafting.close()
 
@@ -213,10 +270,12 @@ class Run:
         is_hidden = not piece.text and bool(piece.token_ids) and piece.finish_reason is None
         if is_hidden and self._capabilities.drops_empty:
             return b""
+        if piece.event is None and piece.token_ids:
+            return self.framing.write_text(piece.text)
         is_cut = piece.event is not None and len(_stated(piece)) != len(piece.token_ids)
         if spliced.start == 0 and not is_cut:
             return restore(piece.raw, self.framing.shapes)
-        if is_cut:
+        if is_cut and piece.finish_reason is None:
             return self.framing.write_text(piece.text)
         return self.framing.write(piece, prompt_tokens=len(self.opener.prompt_ids), earlier_tokens=spliced.start)
 

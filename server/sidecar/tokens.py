@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from specdec.errors import LoadError
@@ -21,10 +21,14 @@ class Tokens:
 
     Args:
         tokenizer: None where the upstream tells token ids itself.
+
+    Attributes:
+        special_ids: tokens that are no text, those that end one among them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.tokenizer = tokenizer
+        self.special_ids: frozenset[int] = frozenset(map(int, tokenizer.all_special_ids if tokenizer else ()))
 
     def encode(self, text: str) -> list[int] | None:
         """Token ids of a text, without special tokens around it; None without a tokenizer."""
@@ -84,6 +88,26 @@ class TextCutter:
         if not text or not piece.text.startswith(text):
             return None
         return Piece(piece.raw, piece.token_ids[:count], text, None, piece.prompt_ids, piece.event)
+
+    def shown(self, token_ids: Sequence[int], hidden: Collection[int]) -> list[Piece]:
+        """An event for each token that follows, as far as characters are complete and none is hidden.
+
+        Args:
+            token_ids: behind what the client received.
+            hidden: tokens that end a text or are no text.
+        """
+        if self._tokenizer is None:
+            return []
+        stream, pieces, num_complete = TextStream(self._tokenizer), list[Piece](), 0
+        stream.feed(self._ids)
+        for token in token_ids:
+            if token in hidden:
+                break
+            text = stream.feed([token])
+            pieces.append(Piece(token_ids=(token,), text=text))
+            if text and not text.endswith("\ufffd"):
+                num_complete = len(pieces)
+        return pieces[:num_complete]
 
 
 def load_tokens(path: str | None) -> Tokens:

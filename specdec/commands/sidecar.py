@@ -13,8 +13,8 @@ from specdec.server.listening import is_this_machine, listen
 
 __all__ = ["sidecar"]
 
-ModeName: TypeAlias = Literal["off", "observe", "feed", "race", "grid"]
-FeedName: TypeAlias = Literal["prediction", "vllm-plugin"]
+ModeName: TypeAlias = Literal["off", "observe", "feed", "race", "grid", "rounds"]
+FeedName: TypeAlias = Literal["prediction", "vllm-plugin", "sglang-corpus"]
 KindName: TypeAlias = Literal["vllm", "sglang", "llamacpp", "specdec", "openai"]
 
 
@@ -36,7 +36,7 @@ _MaxBodyMb: TypeAlias = Annotated[float, typer.Option("--max-body-mb", min=0.001
 _Drain: TypeAlias = Annotated[float, typer.Option("--drain", min=0, help="Seconds for live requests at shutdown.")]
 _Mode: TypeAlias = Annotated[
     ModeName,
-    typer.Option("--mode", help="off: relay only; observe: learn and estimate; feed, race, grid: accelerate."),
+    typer.Option("--mode", help="off: relay only; observe: learn and estimate; feed, race, grid, rounds: accelerate."),
 ]
 _Branches: TypeAlias = Annotated[int, typer.Option("--branches", min=2, max=64, help="Of a grid.")]
 _MaxDraft: TypeAlias = Annotated[int, typer.Option("--max-draft", min=8, max=256, help="Draft tokens ahead.")]

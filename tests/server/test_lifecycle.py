@@ -10,6 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic, sleep
@@ -36,7 +38,7 @@ class Address:
         self.url = url
 
     def post(self, path: str, body: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60)
+        return httpx.post(self.url + path, json=body, timeout=300)
 
 
 def raw_request(live: Live | Address, body: dict[str, Any]) -> socket.socket:
@@ -50,17 +52,38 @@ def raw_request(live: Live | Address, body: dict[str, Any]) -> socket.socket:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_is_not_served_to_the_end(live: Live, stream: bool):
-    before = live.service.worker.totals.num_emitted_tokens
+def test_a_client_that_goes_away_is_not_served_to_the_end(live: Live, monkeypatch: pytest.MonkeyPatch, stream: bool):
+    """The model waits until all have come, and again until all have gone: how fast the machine is changes nothing."""
+    worker = live.service.worker
+    before, may_step, cancelled = worker.totals.num_emitted_tokens, threading.Event(), []
+    forward, cancel = worker._engine.target.forward, worker.cancel
+
+    def patient(chunks: Any) -> Any:
+        assert may_step.wait(60)
+        return forward(chunks)
+
+    def counted(request_id: str) -> None:
+        cancelled.append(request_id)
+        cancel(request_id)
+
+    monkeypatch.setattr(worker._engine.target, "forward", patient)
+    monkeypatch.setattr(worker, "cancel", counted)
     lines = [raw_request(live, LONG | {"stream": stream, "n": 8}) for _ in range(8)]
-    end = monotonic() + 20
-    while live.service.worker.num_in_flight < 64 and monotonic() < end:
-        sleep(0.002)
+    until(lambda: worker.num_in_flight == 64)
     for line in lines:
         line.close()
+    until(lambda: len(set(cancelled)) == 64)
+    may_step.set()
     live.wait_idle()
-    assert live.service.worker.totals.num_emitted_tokens - before < 64 * 190
+    assert worker.totals.num_emitted_tokens - before < 20 * 64
     assert live.post("/v1/completions", LONG).status_code == 200
+
+
+def until(happened: Callable[[], bool], seconds: float = 60) -> None:
+    end = monotonic() + seconds
+    while not happened():
+        assert monotonic() < end
+        sleep(0.002)
 
 
 def read_slowly(line: socket.socket) -> bytes:
@@ -89,7 +112,9 @@ def hammer(live: Live | Address, count: int) -> None:
         elif kind == "slow":
             assert read_slowly(raw_request(live, LONG | {"stream": True})).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
         elif kind == "garbage":
-            answer = httpx.post(live.url + "/v1/chat/completions", content=b'{"messages": [' * (number % 5), timeout=60)
+            answer = httpx.post(
+                live.url + "/v1/chat/completions", content=b'{"messages": [' * (number % 5), timeout=300
+            )
             assert answer.status_code == 400
         elif kind == "huge":
             assert live.post("/v1/completions", {"prompt": "x" * 50_000}).status_code == 400
@@ -136,7 +161,7 @@ def test_a_step_that_fails_ends_its_requests_and_the_next_ones_are_served():
         left[0] = 10**6
         for _ in range(5):
             assert live.post("/v1/completions", LONG).status_code == 500
-        end = monotonic() + 10
+        end = monotonic() + 60
         while live.get("/health").status_code == 200 and monotonic() < end:
             sleep(0.01)
         assert live.get("/health").json() == {"status": "failed"}
@@ -163,7 +188,7 @@ def start_server(model_dir: Path, *options: str) -> tuple[subprocess.Popen[str],
             break
     else:
         pytest.fail(f"the server did not start: {process.wait()}")
-    end = monotonic() + 60
+    end = monotonic() + 200
     while monotonic() < end:
         try:
             if httpx.get(url + "/ready").status_code == 200:
@@ -174,10 +199,10 @@ def start_server(model_dir: Path, *options: str) -> tuple[subprocess.Popen[str],
 
 
 def test_a_server_that_is_told_to_stop_finishes_what_it_began(model_dir: Path):
-    process, url = start_server(model_dir, "--drafter", "suffix", "--max-length", "256")
+    process, url = start_server(model_dir, "--drafter", "suffix", "--max-length", "256", "--drain", "200")
     try:
-        body = {"prompt": "abc", "max_tokens": 240, "ignore_eos": True, "temperature": 0, "stream": True, "n": 4}
-        with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as answer:
+        body = {"prompt": "abc", "max_tokens": 120, "ignore_eos": True, "temperature": 0, "stream": True, "n": 4}
+        with httpx.stream("POST", url + "/v1/completions", json=body, timeout=300) as answer:
             lines = answer.iter_lines()
             received = [next(lines)]
             process.send_signal(signal.SIGTERM)
@@ -186,7 +211,7 @@ def test_a_server_that_is_told_to_stop_finishes_what_it_began(model_dir: Path):
         ends = [choice["finish_reason"] for piece in pieces for choice in piece["choices"] if choice["finish_reason"]]
         assert ends == ["length"] * 4
         assert received[-2:] == ["data: [DONE]", ""]
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=200) == 0
     finally:
         process.kill()
         process.wait()
@@ -205,12 +230,12 @@ def test_ten_thousand_hostile_requests_leave_the_servers_memory_flat(model_dir: 
         for _ in range(8):
             hammer(address, 1000)
         grown = server.memory_info().rss - before
-        metrics = httpx.get(url + "/metrics", timeout=60).text
+        metrics = httpx.get(url + "/metrics", timeout=300).text
         assert re.search(r"num_requests_running\{[^}]*\} 0\.0", metrics)
         assert grown < 64 * 2**20, f"{grown / 2**20:.0f} MiB"
     finally:
         process.terminate()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=300) == 0
         if process.stderr is not None:
             process.stderr.close()
 
@@ -253,10 +278,12 @@ def test_a_model_without_chat_template_still_completes(tmp_path: Path):
     process, url = start_server(tmp_path, "--max-length", "128")
     try:
         chat = {"messages": [{"role": "user", "content": "hi"}]}
-        answer = httpx.post(url + "/v1/chat/completions", json=chat, timeout=60)
+        answer = httpx.post(url + "/v1/chat/completions", json=chat, timeout=300)
         assert answer.status_code == 400
         assert "has no chat template: use /v1/completions" in answer.json()["error"]["message"]
-        assert httpx.post(url + "/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=60).status_code == 200
+        assert (
+            httpx.post(url + "/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=300).status_code == 200
+        )
     finally:
         process.terminate()
         process.wait(timeout=30)

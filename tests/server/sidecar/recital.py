@@ -21,13 +21,36 @@ from specdec.server.sidecar.service import SpeedOptions
 from specdec.server.sidecar.tokens import Tokens
 from tests.server.sidecar.rig import chunked, exchange, front, piece, request, sse, upstream
 
-__all__ = ["ANSWER", "PLAN", "PROMPT", "ROOMY", "Reciter", "accelerated", "asking", "both", "counts", "say", "steady"]
+__all__ = [
+    "ANSWER",
+    "PLAN",
+    "PROMPT",
+    "ROOMY",
+    "Reciter",
+    "Words",
+    "accelerated",
+    "asking",
+    "both",
+    "counts",
+    "prompt_of",
+    "say",
+    "steady",
+]
 
 PROMPT = [1, 2, 3]
 ANSWER = [10 + i % 90 for i in range(120)]  # a recitation: token i follows from the tokens before it
 PLAN = PlanOptions(max_branches=3, max_draft=96, min_segment=4, min_probability=0.2, min_gain_s=0.0)
 ROOMY = BudgetOptions(ratio=10.0, burst=100_000, max_branches=64, max_branches_per_tenant=64)
 PROBE = 8  # tokens of a probe at most
+
+
+class Words:
+    """The tokenizer of what is said."""
+
+    all_special_ids = (7,)
+
+    def decode(self, ids, **_):
+        return say(ids)
 
 
 class Steady(Timing):
@@ -90,6 +113,8 @@ class Reciter:
             return self.whole(writer, {"data": [{"id": "m", "owned_by": "vllm", "max_model_len": 4096}]})
         if asked.method == "GET":
             return self.whole(writer, {"version": "0.33.0"})
+        if not asked.target.endswith("completions"):
+            return self.whole(writer, {"error": "not found"}, status=404)
         body = asked.json
         done = len(prompt_of(body)) - len(PROMPT)
         trap = None
@@ -104,6 +129,8 @@ class Reciter:
             return self.whole(writer, {"error": trap}, status=int(trap))
         if trap == "slow":  # until whoever asked has gone
             await asyncio.sleep(60)
+        if not body.get("stream"):
+            return self.whole(writer, self.answered(body, done))
         writer.write(chunked("200 OK", "Content-Type: text/event-stream"))
         await self.events(writer, body, done, trap)
         writer.write(b"0\r\n\r\n")
@@ -117,6 +144,14 @@ class Reciter:
         if prompt_of(body)[len(PROMPT) :] != self.answer[:done]:
             return self.answer[:done] + [7] * len(self.answer)  # behind what was never said comes something else
         return self.answer
+
+    def answered(self, body, done):
+        ids = self.text(body, done)[done : done + body["max_tokens"]]
+        own = {"message": {"role": "assistant", "content": say(ids)}} if "messages" in body else {"text": say(ids)}
+        choice = {"index": 0, **own, "logprobs": None, "finish_reason": "length", "stop_reason": None}
+        count = {"prompt_tokens": len(PROMPT) + done, "completion_tokens": len(ids)}
+        return {"id": "x", "object": "whole", "created": 7, "model": "m", "choices": [choice], "é": 1,
+                "usage": {**count, "total_tokens": sum(count.values())}}  # fmt: skip
 
     async def events(self, writer, body, done, trap):
         ids = self.text(body, done)[done : done + body["max_tokens"]]
@@ -142,7 +177,7 @@ class Reciter:
         if (body.get("stream_options") or {}).get("include_usage"):
             count = {"prompt_tokens": len(PROMPT) + done, "completion_tokens": len(ids)}
             usage = {**count, "total_tokens": sum(count.values())}
-            writer.write(piece(sse({"id": "x", "created": 7, "choices": [], "usage": usage, "é": 1})))
+            writer.write(piece(sse({"id": "x", "created": 7, "model": "m", "choices": [], "usage": usage, "é": 1})))
         if trap != "no done":
             writer.write(piece(sse("[DONE]")))
 
@@ -154,7 +189,7 @@ class Reciter:
             choice["token_ids"] = some if wants else None
             choice["prompt_token_ids"] = PROMPT + self.answer[:done] if wants and is_first else None
         choice = {k: v for k, v in choice.items() if v is not None or self.shape == "null" or k == "finish_reason"}
-        return {"id": "x", "created": 7, "choices": [choice], "é": 1}
+        return {"id": "x", "created": 7, "model": "m", "choices": [choice], "é": 1}
 
     def begin(self):
         """A client's stream begins; tokens that clients received before it."""

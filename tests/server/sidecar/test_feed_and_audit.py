@@ -8,7 +8,9 @@ import json
 import numpy as np
 import pytest
 
+from specdec.errors import ConfigError
 from specdec.server.sidecar.app import Sidecar
+from specdec.server.sidecar.corpora import CorpusFeeder
 from specdec.server.sidecar.feed import Feeder
 from specdec.server.sidecar.options import RelayOptions
 from specdec.server.sidecar.requests import Asked
@@ -17,7 +19,7 @@ from specdec.server.sidecar.tokens import Tokens
 from specdec.suffix_tree.cache import SuffixCache
 from tests.server.live import running, service, tokenizer
 from tests.server.sidecar.recital import ANSWER, Reciter, accelerated, asking, counts, prompt_of
-from tests.server.sidecar.rig import exchange, front, request
+from tests.server.sidecar.rig import exchange, front, request, upstream
 
 CHAT = {"messages": [{"role": "user", "content": "again and again"}], "max_tokens": 40, "temperature": 0}
 
@@ -142,3 +144,71 @@ def test_ties_and_an_upstream_that_differs_from_itself_are_no_fault():
     found, health = verdicts(Audited(changes=True))
     assert set(found) == {"unstable"}
     assert health["fault"] is None
+
+
+class Corpora:
+    """SGLang's routes for corpora, and a text."""
+
+    def __init__(self, *, refuses=False):
+        self.refuses, self.loaded, self.most = refuses, {}, 0
+
+    async def __call__(self, asked, writer):
+        body, status = asked.json if asked.method == "POST" else {}, 200
+        said = {"success": True, "message": ""}
+        if asked.target == "/add_external_corpus" and self.refuses:
+            said, status = {"success": False, "message": "no budget"}, 400
+        elif asked.target == "/add_external_corpus":
+            self.loaded[body["corpus_id"]] = body["documents"]
+            self.most = max(self.most, len(self.loaded))
+        elif asked.target == "/remove_external_corpus":
+            del self.loaded[body["corpus_id"]]
+        elif asked.method == "POST":
+            said = {"choices": [{"index": 0, "text": f"the answer to {body['prompt']}, " * 4, "finish_reason": "stop"}]}
+        raw = json.dumps(said).encode()
+        writer.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n" % (status, len(raw)) + raw)
+
+
+def fed_to_sglang(server, ask):
+    async def main():
+        async with upstream(server) as up:
+            speed = SpeedOptions(mode="feed", feed="sglang-corpus", is_single_tenant=True, probe_key="admin")
+            sidecar = Sidecar(RelayOptions(up.url), speed)
+            async with front(sidecar) as url:
+                for prompt in ("one", "two"):
+                    await exchange(url, request({"prompt": prompt, "max_tokens": 4}))
+                    await sidecar.speed.learner.idle()
+                    await sidecar.speed.corpora.load()
+                return await ask(sidecar, up)
+
+    return asyncio.run(main())
+
+
+def test_sglang_gets_one_corpus_of_what_was_answered_and_it_is_removed_at_the_end():
+    server = Corpora()
+
+    async def ask(sidecar, up):
+        (documents,) = server.loaded.values()
+        keys = {dict(one.headers).get("Authorization") for one in up.asked if "corpus" in one.target}
+        return documents, keys, sidecar.health()["speed"]["corpus"]
+
+    documents, keys, health = fed_to_sglang(server, ask)
+    assert [text[:17] for text in documents] == ["the answer to one", "the answer to two"]
+    assert keys == {"Bearer admin"}
+    assert (health["loaded"], health["last_error"]) == (2, None)
+    assert (server.most, server.loaded) == (2, {})
+
+
+def test_a_corpus_that_is_refused_is_reported_and_nothing_else_suffers():
+    async def ask(sidecar, up):
+        return sidecar.health()["speed"]["corpus"]
+
+    assert fed_to_sglang(Corpora(refuses=True), ask)["last_error"] == "/add_external_corpus: 400 no budget"
+
+
+def test_a_corpus_stays_below_its_bound_and_needs_a_single_tenant():
+    made = CorpusFeeder(None, None, max_chars=100)
+    for number in range(9):
+        made.take(str(number) * 40)
+    assert list(made._texts) == ["7" * 40, "8" * 40]
+    with pytest.raises(ConfigError, match="one tenant"):
+        SpeedOptions(mode="feed", feed="sglang-corpus")

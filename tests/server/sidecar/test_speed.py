@@ -68,7 +68,7 @@ def test_whatever_is_known_and_goes_wrong_the_bytes_are_the_plain_streams(errors
 @pytest.mark.parametrize(
     "more",
     [{"presence_penalty": 0.5}, {"n": 2}, {"response_format": {"type": "json_object"}}, {"logprobs": 1},
-     {"stop": ["x"]}, {"tools": [{"type": "function"}]}, {"unheard_of": 1}, {"stream": False}, {"prompt": ["a", "b"]},
+     {"stop": ["x"]}, {"tools": [{"type": "function"}]}, {"unheard_of": 1}, {"prompt": ["a", "b"]},
      {"temperature": 0.7}, {"seed": 1, "temperature": 0.7}, {"frequency_penalty": True}],
 )  # fmt: skip
 def test_requests_whose_law_a_continuation_would_change_pass_as_they_are(more):

@@ -211,15 +211,18 @@ def _sidecar_overhead(root: Path) -> str:
 
 def _sidecar_speed(root: Path) -> str:
     result = _load(root, "sidecar_speed")
+    some = next(iter(result["speed"][0]["sources"].values()))
+    names = {"race": "race", "grid": "grid of 4", "rounds": "rounds"}
+    protos = [proto for proto in names if proto in some]
+    head = [f"{names[proto]} | predicted" for proto in protos]
     rows = [
-        "| source | step | race | predicted | grid of 4 | predicted | rounds | predicted | drafting inside the server "
-        "| same text |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| source | step | {' | '.join(head)} | drafting inside the server | same text |",
+        "|---|---|" + "---|" * (2 * len(protos) + 2),
     ]
     for run in result["speed"]:
         for source, own in run["sources"].items():
-            arms = [own[name] for name in ("race", "grid", "rounds", "inside")]
-            cells = [f"{arm[part]:.2f}x" for arm in arms[:3] for part in ("speedup", "predicted")]
+            arms = [own[name] for name in (*protos, "inside")]
+            cells = [f"{arm[part]:.2f}x" for arm in arms[:-1] for part in ("speedup", "predicted")]
             cells.append(f"{own['inside']['speedup']:.2f}x")
             same = "yes" if all(arm["same_text"] for arm in arms) else "no"
             rows.append(f"| {source} | {run['step_ms']:.0f} ms | {' | '.join(cells)} | {same} |")

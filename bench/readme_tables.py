@@ -275,6 +275,7 @@ _TABLES: Mapping[str, Callable[[Path], str]] = {
     "sidecar_speed": _sidecar_speed,
     "model_drafters": _of_drafters("model_drafters", model_drafters_table),
     "draft_profile": _of_drafters("draft_profile", draft_profile_table),
+    "draft_profile_one_thread": _of_drafters("draft_profile_one_thread", draft_profile_table),
     "tiny_drafters": _tiny_drafters,
 }
 

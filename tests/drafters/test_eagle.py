@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from specdec.drafters.eagle_files import read_files
 from specdec.drafters.eagle_head import attend_causally
 from specdec.drafters.eagle_probe import build_head
 from specdec.errors import ConfigError, UnsupportedError
+from specdec.kernel_runner import Captured
+from specdec.step_buffers import Outputs
 from specdec.types import Request, SamplingParams
-from tests.drafters.drafting import run
+from tests.drafters.drafting import Watch, run
 from tests.drafters.eagle_checkpoints import LAYOUTS, VOCAB_SIZE, eagle_target, write
 from tests.drafters.eagle_reference import Reference
 
@@ -122,6 +125,43 @@ def test_a_head_that_knows_the_target_is_accepted(target: Any, checkpoints: Path
         # The first step of a prompt has no states yet; after it every chain of four is right.
         assert state.num_accepted == state.num_drafted
         assert state.num_output_tokens / state.num_steps > 3.5
+
+
+def in_place(launch: Callable[[], Outputs]) -> Captured:
+    """What a CUDA graph does to its outputs: every replay overwrites those of the one before."""
+    kept: list[Any] = []
+
+    def replay() -> Outputs:
+        outputs = launch()
+        if not kept:
+            kept.extend(None if part is None else part.clone() for part in outputs)
+        for old, new in zip(kept, outputs, strict=True):
+            if new is not None:
+                old.copy_(new)
+        return kept[0], kept[1]
+
+    return Captured(replay, 0)
+
+
+@pytest.mark.slow
+def test_states_that_captured_steps_overwrite_are_read_in_time(target: Any, checkpoints: Path) -> None:
+    """Kernels in the interpreter, in buckets as on a GPU: the drafter sees the target's states, and those alone."""
+    seen: dict[str, list[Any]] = {}
+    for kernels in ("torch", "triton"):
+        watch = Watch()
+        requests = [Request(f"r{i}", p, SamplingParams(max_new_tokens=7)) for i, p in enumerate(PROMPTS[:2])]
+        with build_engine(
+            target, f"eagle:{checkpoints / 'specforge'}?probe=0&top_k=2", budget=3, kernels=kernels, max_length=64,
+            max_batch_size=2, kv_tokens=200, max_prefill_tokens=16, observers=[watch],
+        ) as engine:  # fmt: skip
+            runner = engine.target.runner  # type: ignore[attr-defined]
+            if runner is not None:
+                runner.capture(in_place)
+            list(engine.generate(requests))
+            assert runner is None or runner.num_replays > 3
+        seen[kernels] = [(text, tree.token_ids.tolist(), tree.parents.tolist()) for text, tree in watch.seen]
+    assert seen["triton"] == seen["torch"]
+    assert any(len(ids) == 4 for _, ids, _ in seen["triton"])
 
 
 def test_rejection_rules_and_targets_without_trees_are_refused(target: Any, checkpoints: Path) -> None:

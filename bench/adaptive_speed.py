@@ -31,8 +31,8 @@ import transformers
 
 from specdec.bench.arms import EngineArm, Job, JobResult, warm_up
 from specdec.bench.arrivals import read_arrivals
+from specdec.bench.load_policies import LoadLimits, Policy, Served
 from specdec.bench.load_record import record_acceptance
-from specdec.bench.load_sim import LoadLimits, Policy, Served
 from specdec.bench.load_validation import fit_arrivals, prediction_errors, serve_load
 from specdec.bench.measure import write_json
 from specdec.bench.workload import Limits, WorkItem, Workload
@@ -69,7 +69,7 @@ __all__ = [
 FUSED = ("suffix", "lookahead", "ngram")
 # Fixed lengths that may be the best: long ones where requests run alone, short ones where many share a step.
 ALONE = {"suffix": (4, 8, 16, 32), "lookahead": (8, 16), "ngram": (8,)}
-TOGETHER = {"suffix": (1, 2, 4, 8), "lookahead": (2, 4), "ngram": (2,)}
+TOGETHER = {"suffix": (1, 2, 4), "lookahead": (2,), "ngram": (2,)}
 _TRIE_CALLS = 60  # a saved trie is counted anew when it is loaded
 
 
@@ -126,7 +126,7 @@ def train_stores(items: Sequence[WorkItem], path: Path) -> None:
 
 def batch_size(concurrency: int) -> int:
     """Calls that an arm answers in its turn: enough that all but the last few have company to the end."""
-    return 1 if concurrency == 1 else max(3 * concurrency, 12)
+    return 1 if concurrency == 1 else max(2 * concurrency, 12)
 
 
 def jobs_of(items: Sequence[WorkItem]) -> list[Job]:
@@ -176,14 +176,13 @@ def decode_seconds(results: Sequence[JobResult], concurrency: int) -> tuple[int,
 
 
 def run_arms(
-    arms: Sequence[EngineArm], batches: Sequence[Sequence[Job]], concurrency: int, limit_s: float
+    arms: Sequence[EngineArm], warm: Sequence[Job], batches: Sequence[Sequence[Job]], concurrency: int, limit_s: float
 ) -> dict[str, Any]:
-    """Every arm answers every batch, in turn, until the time is up; tokens and seconds of each."""
+    """Every arm answers every batch, in turn, until the time is up: tokens and seconds; ``warm`` is not timed."""
     spent: dict[str, list[tuple[int, float]]] = {arm.name: [] for arm in arms}
     steps: dict[str, list[int]] = {arm.name: [0, 0, 0] for arm in arms}
-    short = Job(batches[0][0].prompt_ids[:64], 12)
-    for arm in arms:  # compile and allocate
-        arm.run([short] * concurrency)
+    for arm in arms:  # compile, allocate, and see what the sources are worth
+        arm.run(warm)
     begin = thread_time()
     for number, batch in enumerate(batches):
         if number and thread_time() - begin > limit_s * number / (number + 1):
@@ -248,11 +247,11 @@ def measure_group(
 ) -> dict[str, Any]:
     """One group of sources at one number of requests at a time."""
     arms = build_arms(names, model, stores, concurrency)
-    jobs = jobs_of(items)
-    size = batch_size(concurrency)
-    batches = [jobs[at : at + size] for at in range(0, len(jobs), size)]
+    num_warm = max(concurrency, 3)
+    jobs, size = jobs_of(items[:-num_warm]), batch_size(concurrency)
+    batches = [jobs[at : at + size] for at in range(0, len(jobs) - size + 1, size)]
     try:
-        found = run_arms(arms, batches, concurrency, limit_s)
+        found = run_arms(arms, jobs_of(items[-num_warm:]), batches, concurrency, limit_s)
         details = fused_details(next((arm for arm in arms if arm.name == "fused"), arms[0]))
     finally:
         for arm in arms:
@@ -346,7 +345,7 @@ def main() -> None:
         )
         result["controls"] = []
         for number in map(int, options.concurrency.split(",")):
-            mine = items[: max(4 * number, 12)]
+            mine = items[: max(7 * number, 15)]
             result["controls"].append(
                 measure_group(model, mine, options.stores / "controls", ["plain", "fused"], number, options.seconds)
             )

@@ -17,70 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from specdec.bench.arrivals import Arrival
+from specdec.bench.load_policies import LoadLimits, Policy, PruneModel, Served
 from specdec.bench.recorded_acceptance import Answer, RecordedAcceptance
 from specdec.cost_model import CostModel
 from specdec.errors import ConfigError
 from specdec.step_budget import StepBudget
 
-__all__ = ["LoadLimits", "Policy", "Served", "compare_policies", "prepare_arrivals", "simulate_load", "summarize_load"]
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """How much is drafted: ``none``, ``adaptive``, or ``static-K`` for the K best nodes of every request.
-
-    Raises:
-        ConfigError: another name.
-    """
-
-    name: str
-
-    def __post_init__(self) -> None:
-        if self.name not in ("none", "adaptive") and not (
-            self.name.startswith("static-") and self.name.removeprefix("static-").isdecimal()
-        ):
-            raise ConfigError(f"a policy is none, adaptive or static-K, got {self.name!r}")
-
-    @property
-    def length(self) -> int:
-        """K of a static policy, else 0."""
-        return int(self.name.removeprefix("static-")) if self.name.startswith("static-") else 0
-
-
-@dataclass(frozen=True, slots=True)
-class LoadLimits:
-    """What one replica takes on; see ``EngineConfig``."""
-
-    max_batch_size: int = 16
-    max_prefill_tokens: int = 512
-    max_budget: int = 64
-
-    def __post_init__(self) -> None:
-        if min(self.max_batch_size, self.max_prefill_tokens, self.max_budget) < 1:
-            raise ConfigError(f"limits must be at least 1, got {self}")
-
-
-@dataclass(slots=True)
-class Served:
-    """One request: when it came and was served, in seconds, and how many tokens it got in how many steps."""
-
-    arrival_s: float
-    prompt_tokens: int
-    response_tokens: int
-    first_s: float = 0.0
-    last_s: float = 0.0
-    steps: int = 0
-    drafted: int = 0
-
-    @property
-    def ttft_ms(self) -> float:
-        """Milliseconds to the first token."""
-        return 1e3 * (self.first_s - self.arrival_s)
-
-    @property
-    def tpot_ms(self) -> float:
-        """Milliseconds per further token."""
-        return 1e3 * (self.last_s - self.first_s) / max(self.response_tokens - 1, 1)
+__all__ = ["compare_policies", "prepare_arrivals", "simulate_load", "summarize_load"]
 
 
 @dataclass(slots=True, eq=False)
@@ -88,6 +31,7 @@ class _Running:
     served: Served
     answer: Answer
     position: int  # in the answer
+    name: str
     emitted: int = 0
     to_cache: int = 0  # prompt tokens left
 
@@ -96,11 +40,18 @@ class _Replica:
     """One engine on paper."""
 
     def __init__(
-        self, costs: CostModel, acceptance: RecordedAcceptance, policy: Policy, limits: LoadLimits, seed: int | None
+        self,
+        costs: CostModel,
+        acceptance: RecordedAcceptance,
+        policy: Policy,
+        limits: LoadLimits,
+        seed: int | None,
+        pruning: PruneModel,
     ) -> None:
         self._costs, self._acceptance, self._policy, self._limits = costs, acceptance, policy, limits
+        self._pruning = pruning
         # The controller starts from the same tables and learns on a copy of its own.
-        own = CostModel.of_dict(costs.as_dict()) if policy.name == "adaptive" else costs
+        own = CostModel.of_dict(costs.as_dict()) if policy.base == "adaptive" else costs
         self._budget = StepBudget(own)
         self._rng = None if seed is None else np.random.default_rng(seed)
         self._num_admitted = 0
@@ -133,7 +84,9 @@ class _Replica:
             start = int(self._rng.integers(answer.num_positions))
         self._num_admitted += 1
         served = Served(arrival.time_s, arrival.prompt_tokens, arrival.response_tokens)
-        self._running.append(_Running(served, answer, start, to_cache=max(arrival.prompt_tokens - 1, 0)))
+        self._running.append(
+            _Running(served, answer, start, str(self._num_admitted), to_cache=max(arrival.prompt_tokens - 1, 0))
+        )
 
     def _step(self) -> None:
         decoding, prefill = self._plan_prefill()
@@ -141,10 +94,14 @@ class _Replica:
         if decoding:
             context = sum(one.served.prompt_tokens + one.emitted for one in decoding) / len(decoding)
         at = [one.answer.at(one.position) for one in decoding]
-        sizes, draft_ms = self._sizes([values for values, _ in at], context, prefill)
+        sizes, draft_ms = self._sizes(decoding, [values for values, _ in at], context, prefill)
         drafted = int(sum(sizes))
-        tokens = len(decoding) + prefill + drafted
-        step_ms = self._costs.step_ms(tokens, context, max(len(decoding), 1)) + draft_ms
+        rejected = sum(int(size) - int(gains[size]) for (_, gains), size in zip(at, sizes, strict=True))
+        verify_ms = self._verify_ms(len(decoding) + prefill, drafted, rejected, context, max(len(decoding), 1))
+        step_ms = verify_ms + draft_ms
+        if self._policy.overlaps and draft_ms and len(decoding) > 1:
+            half = self._verify_ms((len(decoding) + prefill) / 2, drafted / 2, rejected / 2, context, len(decoding) / 2)
+            step_ms = min(step_ms, 2 * max(half, draft_ms / 2))
         self.now += step_ms / 1e3
         self.busy_s += step_ms / 1e3
         emitted = 0
@@ -157,8 +114,19 @@ class _Replica:
             one.served.steps += 1
             one.served.drafted += int(size)
             emitted += count
-        if decoding and self._policy.name == "adaptive":
-            self._budget.finish(emitted, drafted, {"draft": draft_ms, "target": step_ms - draft_ms})
+        if decoding and self._policy.base == "adaptive":
+            hidden = max(step_ms - verify_ms, 0.0)  # what drafting adds to the step
+            self._budget.finish(emitted, drafted, {"draft": hidden, "target": min(verify_ms, step_ms)})
+
+    def _verify_ms(self, tokens: float, drafted: float, rejected: float, context: float, batch: float) -> float:
+        """The target's time of a step with ``tokens`` others; pruned where that is expected to pay."""
+        whole = self._costs.step_ms(tokens + drafted, context, batch)
+        if not self._policy.prunes or not drafted:
+            return whole
+        model = self._pruning
+        dropped = model.found * rejected
+        less = self._costs.step_ms(tokens + drafted - dropped, context, batch)
+        return min(whole, model.depth * whole + (1 - model.depth) * less + model.probe_ms * drafted)
 
     def _plan_prefill(self) -> tuple[list[_Running], int]:
         """Who decodes in this step, and how many prompt tokens share it."""
@@ -172,23 +140,33 @@ class _Replica:
         return decoding, self._limits.max_prefill_tokens - left
 
     def _sizes(
-        self, values: Sequence[npt.NDArray[np.float32]], context: float, prefill: int
+        self, decoding: Sequence[_Running], values: Sequence[npt.NDArray[np.float32]], context: float, prefill: int
     ) -> tuple[Sequence[int], float]:
         """How many nodes of each request are verified, and what drafting took."""
-        if self._policy.name == "none" or not values:
+        if self._policy.base == "none" or not values:
             return [0] * len(values), 0.0
-        draft_ms = self._draft_ms(len(values), context)
         if self._policy.length:
-            return [min(len(own), self._policy.length) for own in values], draft_ms
-        most = self._budget.begin(len(values), context, prefill, self._limits.max_budget)
-        if most == 0:
+            return [min(len(own), self._policy.length) for own in values], self._draft_ms(len(values), context)
+        most, turns = self._budget.begin(len(values), context, prefill, self._limits.max_budget), self._budget.turns
+        names = [one.name for one in decoding]
+        planned = [most > 0 and turns.may_draft(name) for name in names]
+        if not any(planned):
             return [0] * len(values), 0.0
-        bounded = [own[:most] for own in values]
+        bounded = [own[: most if may else 0] for own, may in zip(values, planned, strict=True)]
         flat = np.concatenate(bounded)
         order = np.argsort(-flat, kind="stable")
-        chosen = order[: self._budget.choose(flat[order])]
+        chosen = order[: self._budget.choose(flat[order]) if len(flat) else 0]
         owner = np.repeat(np.arange(len(values)), [len(own) for own in bounded])
-        return np.bincount(owner[chosen], minlength=len(values)).tolist(), draft_ms
+        sizes = np.bincount(owner[chosen], minlength=len(values)).tolist()
+        drafted = [row for row, may in enumerate(planned) if may]
+        self._budget.judge(
+            [names[row] for row in drafted],
+            [float(bounded[row][: sizes[row]].sum()) for row in drafted],
+            [sizes[row] for row in drafted],
+        )
+        if len(turns) > 4 * len(names) + 64:
+            turns.keep(set(names))
+        return sizes, self._draft_ms(len(drafted), context)
 
     def _draft_ms(self, num_requests: int, context: float) -> float:
         table = self._costs.tables["draft"]
@@ -233,6 +211,7 @@ def simulate_load(
     limits: LoadLimits | None = None,
     replicas: int = 1,
     seed: int | None = 0,
+    pruning: PruneModel | None = None,
 ) -> tuple[list[Served], float]:
     """Serve all arrivals.
 
@@ -245,6 +224,7 @@ def simulate_load(
         replicas: engines, >= 1.
         seed: which answer each request gives, and from where on; the same for every policy. None: the answers in
             order, each from its beginning.
+        pruning: of policies that prune.
 
     Returns:
         The requests, and the mean share of time that a replica was busy.
@@ -259,7 +239,10 @@ def simulate_load(
     served: list[Served] = []
     busy = 0.0
     for number in range(min(replicas, len(arrivals))):
-        replica = _Replica(costs, acceptance, policy, limits or LoadLimits(), None if seed is None else seed + number)
+        replica = _Replica(
+            costs, acceptance, policy, limits or LoadLimits(), None if seed is None else seed + number,
+            pruning or PruneModel(),
+        )  # fmt: skip
         served += replica.run(arrivals[number::replicas])
         busy += replica.busy_s / max(replica.now, 1e-9)
     return served, busy / replicas
@@ -309,6 +292,7 @@ def compare_policies(
     limits: LoadLimits | None = None,
     replicas: int = 1,
     seed: int = 0,
+    pruning: PruneModel | None = None,
 ) -> dict[str, dict[str, Any]]:
     """``simulate_load`` and ``summarize_load`` of several policies over the same requests and answers.
 
@@ -321,13 +305,16 @@ def compare_policies(
         limits: of each replica.
         replicas: engines.
         seed: which answer each request gives.
+        pruning: of policies that prune.
 
     Returns:
         By policy: the summary, the share of time that replicas were busy, and the busy seconds of all of them.
     """
     found = {}
     for policy in policies:
-        served, busy = simulate_load(arrivals, costs, acceptance, policy, limits=limits, replicas=replicas, seed=seed)
+        served, busy = simulate_load(
+            arrivals, costs, acceptance, policy, limits=limits, replicas=replicas, seed=seed, pruning=pruning
+        )
         figures = summarize_load(served, ttft_ms=slo_ms[0], tpot_ms=slo_ms[1])
         found[policy.name] = {**figures, "busy_share": busy, "work_s": busy * replicas * figures["seconds"]}
     return found

@@ -8,7 +8,8 @@ from typing import Any
 
 from specdec.bench.arrivals import Arrival
 from specdec.bench.forcing import ForcedResponse
-from specdec.bench.load_sim import LoadLimits, Policy, Served, simulate_load, summarize_load
+from specdec.bench.load_policies import LoadLimits, Policy, Served
+from specdec.bench.load_sim import simulate_load, summarize_load
 from specdec.bench.recorded_acceptance import RecordedAcceptance
 from specdec.bench.workload import WorkItem
 from specdec.cost_model import CostModel

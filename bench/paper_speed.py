@@ -36,13 +36,13 @@ from specdec.bench.measure import write_json
 from specdec.bench.scripted import ScriptedTarget, scripted_engine
 from specdec.bench.workload import WorkItem
 from specdec.controller_adaptive import AdaptiveController
-from specdec.cost_model import BATCHES, CONTEXTS, TOKENS, CostModel, CostTable
+from specdec.cost_model import CostModel, line_of
 from specdec.drafters.fusion import FusedDrafter
 from specdec.engine import Engine
 from specdec.protocols import Drafter
 from specdec.types import Chunk, DraftTree, RequestState, StepEvent, TargetOutput
 
-__all__ = ["PaperClock", "PricedDrafter", "PricedTarget", "line_table", "main", "paper_engine"]
+__all__ = ["PaperClock", "PricedDrafter", "PricedTarget", "main", "paper_engine"]
 
 # Milliseconds of a call and of each of its requests, on one core.
 PRICES = {"suffix": (0.05, 0.12), "lookahead": (0.02, 0.06), "ngram": (0.02, 0.02)}
@@ -95,12 +95,6 @@ class PricedDrafter:
 
     def stop(self, request_ids: Sequence[str]) -> None:
         self.inner.stop(request_ids)
-
-
-def line_table(step_ms: float, free: int, slope_ms: float) -> CostModel:
-    """A machine whose steps take ``step_ms`` up to ``free`` tokens and ``slope_ms`` more for each further one."""
-    row = step_ms + slope_ms * np.maximum(np.array(TOKENS, float) - free, 0)
-    return CostModel({"target": CostTable(np.broadcast_to(row, (len(BATCHES), len(CONTEXTS), len(TOKENS))).copy())})
 
 
 def paper_engine(
@@ -182,7 +176,7 @@ def main() -> None:
     words = transformers.AutoTokenizer.from_pretrained(options.tokenizer)
     clock = PaperClock()
     use_clock(clock)
-    costs = CostModel.load(options.costs) if options.costs else line_table(10.0, 4, 0.6)
+    costs = CostModel.load(options.costs) if options.costs else CostModel({"target": line_of(10.0, 0.6, free=4)})
     make = partial(paper_engine, vocab_size=len(words) + 128, costs=costs, clock=clock, is_known=not options.learn)
     result: dict[str, Any] = {"step_ms": {str(n): costs.step_ms(n, 512, 1) for n in (1, 2, 4, 8, 16, 32, 64)}}
     groups = (

@@ -10,6 +10,8 @@ multi-token-prediction layers (`specdec.drafters.mtp`) are such heads.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from time import perf_counter
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from specdec.attention import StepAttention, TailMasks
+from specdec.drafters.draft_costs import DraftCosts
 from specdec.drafters.growing import GrowingCache, Growth
 from specdec.drafters.levels import Words, search_trees
 from specdec.drafters.state_head import StateHead
@@ -38,7 +41,8 @@ class EagleDrafter:
         vocab_size: of the target.
         top_k: children per node and nodes expanded per level; 10 in the published code.
         depth: longest path; the published code's depth is one less, as it does not count the first level.
-        min_gain: stop growing once a level adds no more than this to the expected acceptance length; 0: never.
+        min_gain: stop growing once a level adds no more than this to the expected acceptance length; 0: never. "auto":
+            the measured costs decide, and the first few steps grow to the full depth.
         kv_tokens: rows that the head's cache holds over all requests.
         max_requests: most requests at a time.
 
@@ -53,7 +57,7 @@ class EagleDrafter:
         vocab_size: int,
         top_k: int = 10,
         depth: int = 6,
-        min_gain: float = 0.0,
+        min_gain: float | str = 0.0,
         kv_tokens: int = 65_536,
         max_requests: int = 64,
     ) -> None:
@@ -61,14 +65,15 @@ class EagleDrafter:
         for name, value in sizes:
             if value < 1:
                 raise ConfigError(f"{name} must be >= 1, got {value}")
-        if not min_gain >= 0:
-            raise ConfigError(f"min_gain must be >= 0, got {min_gain}")
+        if min_gain != "auto" and (isinstance(min_gain, str) or not min_gain >= 0):
+            raise ConfigError(f"min_gain must be auto or >= 0, got {min_gain}")
         self.head = head
         head.pack()
         self.needs = DrafterNeeds(hidden_layers=head.hidden_layers, needs_match=True)
         self._vocab_size = vocab_size
         self._words = None if head.target_ids is None else Words(head.target_ids, vocab_size)
-        self._limits = SearchLimits(top_k, top_k, depth, min_gain or None)
+        self._limits = SearchLimits(top_k, top_k, depth, None if isinstance(min_gain, str) else min_gain or None)
+        self._costs = DraftCosts() if min_gain == "auto" else None
         self._num_query_groups = [call.num_query_groups for call in head.calls]
         self._cache = GrowingCache(
             KVPool(
@@ -103,7 +108,8 @@ class EagleDrafter:
             return trees
         drafting = [states[row] for row in rows]
         last = torch.stack([outputs[ready.index(row)] for row in rows])
-        searches = [TreeSearch(int(states[row].token_ids[-1]), budgets[row], self._limits) for row in rows]
+        limits = self._limits if self._costs is None else replace(self._limits, costs=self._costs.costs)
+        searches = [TreeSearch(int(states[row].token_ids[-1]), budgets[row], limits) for row in rows]
         grown = self._search(drafting, searches, last)
         self._cache.drop([state.request_id for state in drafting])
         for row, tree in zip(rows, grown, strict=True):
@@ -111,7 +117,9 @@ class EagleDrafter:
         return trees
 
     def observe(self, events: Sequence[StepEvent]) -> None:
-        """Nothing to learn."""
+        """Learn what a step costs."""
+        if self._costs is not None:
+            self._costs.observe(events)
 
     def stop(self, request_ids: Sequence[str]) -> None:
         self._reader.release(request_ids)
@@ -121,16 +129,21 @@ class EagleDrafter:
 
     def _search(self, states: Sequence[RequestState], searches: Sequence[TreeSearch], last: Tensor) -> list[DraftTree]:
         outputs = last  # [rows of the last logits, H]
+        num_levels, begin = 0, perf_counter()
 
         def grow(growths: Sequence[Growth], parent_rows: npt.NDArray[np.int64]) -> Tensor | None:
-            nonlocal outputs
+            nonlocal outputs, num_levels
+            num_levels += 1
             if not self._cache.reserve(growths):
                 return None
             inputs = self.head.feedback(outputs.index_select(0, torch.from_numpy(parent_rows).to(outputs.device)))
             outputs = self._forward(growths, inputs)
             return self._logits(outputs)
 
-        return search_trees(states, searches, self._logits(last), self._limits.top_k, grow, self._words)
+        trees = search_trees(states, searches, self._logits(last), self._limits.top_k, grow, self._words)
+        if self._costs is not None:
+            self._costs.searched(perf_counter() - begin, num_levels)
+        return trees
 
     def _logits(self, outputs: Tensor) -> Tensor:
         logits = self.head.logits(outputs)

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from specdec.drafters.eagle import EagleDrafter
 from specdec.drafters.eagle_files import read_files
 from specdec.drafters.eagle_probe import Lesson, build_head, probe_readings
@@ -38,7 +40,7 @@ def load_eagle(
         draws: None: an EAGLE tree is reranked after the draw, so only match may judge it.
         probe: 1: try the plausible readings on a short text; 0: trust the configuration.
         rope_theta: the rotary base, in place of the stated one.
-        **options: of ``EagleDrafter``.
+        **options: of ``EagleDrafter``; ``min_gain`` is "auto" here, unless several ranks must draft alike.
 
     Raises:
         LoadError: it cannot be read or does not fit the target.
@@ -53,6 +55,8 @@ def load_eagle(
     config = stated
     if probe and tokenizer is not None and rope_theta is None:
         config = choose_reading(path, probe_readings(files, target, Lesson.of(target, probe_ids(tokenizer))))
+    if not (dist.is_available() and dist.is_initialized()):  # measured times differ between ranks
+        options.setdefault("min_gain", "auto")
     return EagleDrafter(
         build_head(files, target, config), vocab_size=int(target.config.get_text_config().vocab_size), **options
     )

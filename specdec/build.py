@@ -15,6 +15,7 @@ from specdec.adaptive import controller_for, known_costs
 from specdec.chain_target import ChainTarget
 from specdec.config import EngineConfig
 from specdec.drafters.checkpoint import DrafterKind, PendingDrafter, kind_in
+from specdec.drafters.committee_loading import committee_kind
 from specdec.drafters.diffusion_loading import load_diffusion
 from specdec.drafters.eagle_loading import load_eagle
 from specdec.drafters.early_exit import load_early_exit, read_early_exit
@@ -40,7 +41,7 @@ from specdec.routes import Route, choose_route
 from specdec.sampling import Sampler
 from specdec.step_buffers import BUCKETS
 from specdec.strict import require_same_bits, require_strict_path
-from specdec.threads import usable_cores
+from specdec.threads import warn_of_threads
 from specdec.tree_target import TreeTarget, kv_bytes_per_token
 from specdec.verifier.match import MatchVerifier
 from specdec.verifier.ratio_rules import RULES
@@ -78,6 +79,7 @@ DRAFTERS: Mapping[str, Callable[..., Drafter]] = {
 
 # What ``KIND:`` stands for; options after ``?`` are keyword arguments of its ``load``.
 DRAFTER_KINDS: Mapping[str, DrafterKind] = {
+    "committee": committee_kind(),
     "diffusion": DrafterKind(load_diffusion),
     "early-exit": DrafterKind(load_early_exit, read_early_exit, takes="N"),
     "eagle": DrafterKind(load_eagle),
@@ -291,15 +293,6 @@ def may_pack(model: PreTrainedModel, config: EngineConfig) -> bool:
     return obstacle is None
 
 
-def _warn_of_threads(device: torch.device) -> None:
-    cores, threads = usable_cores(), torch.get_num_threads()
-    if device.type == "cpu" and threads > cores:
-        logger.warning(
-            "torch runs %d threads on %d usable cores, which makes every step slower: torch.set_num_threads(%d)",
-            threads, cores, cores,
-        )  # fmt: skip
-
-
 def _require_one_device(model: PreTrainedModel) -> None:
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
@@ -360,7 +353,8 @@ def build_engine(
     """
     config = EngineConfig.of(**options)
     is_packed = may_pack(model, config)
-    _warn_of_threads(model.device)
+    if model.device.type == "cpu":
+        warn_of_threads(torch.get_num_threads())
     if verifier not in VERIFIERS:
         raise ConfigError(f"verifier must be one of {', '.join(VERIFIERS)}, got {verifier!r}")
     if controller is not None and budget is not None:

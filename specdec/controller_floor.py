@@ -1,7 +1,9 @@
 """The guard: speculation that loses against plain decoding is paused, and tried again at ever longer distances.
 
 Source: Cascade (2506.20675): a utility below 1 turns speculation off, with exponential back-off. Here the utility is
-measured time against the measured time of plain steps, over a window of steps that really drafted.
+measured time against the measured time of plain steps, and the verdict a cumulative sum (Page 1954): what was lost
+against the least speed is added up, what was won beyond it is taken off. Text is copied in stretches, so a window of a
+few steps would condemn every drafter between two of them.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from specdec.errors import ConfigError
 
 __all__ = ["Floor"]
 
-_WINDOW = 24  # steps with drafts that a verdict needs
-_PROBE = 6  # after a pause fewer have to do
+_MOST_LOST = 3.0  # plain steps that may be lost before a pause
+_MOST_LOST_PROBING = 1.0  # and after a pause, until it has won
+_MOST_CREDIT = 6.0  # plain steps that were won and may be lost again
 _FIRST_PAUSE = 16  # steps
 _MAX_PAUSE = 1024
 _OUTLIER = 4.0  # a step that takes longer than so many plain ones was disturbed, and counts as that
@@ -34,12 +37,7 @@ class Floor:
         self._pause = _FIRST_PAUSE
         self._resting = 0  # steps left of a pause
         self._is_probing = False
-        self._start_window()
-
-    def _start_window(self) -> None:
-        self._count = 0
-        self._tokens = 0.0  # per request
-        self._spent = 0.0  # in plain steps
+        self._lost = 0.0  # plain steps of one request; negative: credit
 
     @property
     def is_resting(self) -> bool:
@@ -64,16 +62,12 @@ class Floor:
         """
         if not has_drafted:
             return
-        self._count += 1
-        self._tokens += tokens
-        self._spent += min(ms / max(plain_ms, 1e-9), _OUTLIER)
-        if self._count < (_PROBE if self._is_probing else _WINDOW):
-            return
-        if self._tokens < self._least * self._spent:
-            self._resting = self._pause
+        spent = min(ms / max(plain_ms, 1e-9), _OUTLIER)
+        self._lost = max(self._lost + self._least * spent - tokens, -_MOST_CREDIT)
+        if self._lost > (_MOST_LOST_PROBING if self._is_probing else _MOST_LOST):
+            self._resting, self._lost = self._pause, 0.0
             self._pause = min(2 * self._pause, _MAX_PAUSE)
             self._is_probing = True
-        else:
+        elif self._lost <= -1.0:
             self._pause = _FIRST_PAUSE
             self._is_probing = False
-        self._start_window()

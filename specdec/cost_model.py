@@ -23,7 +23,7 @@ from numba import njit
 
 from specdec.errors import ConfigError, LoadError
 
-__all__ = ["PARTS", "CostModel", "CostTable", "cost_file"]
+__all__ = ["PARTS", "CostModel", "CostTable", "cost_file", "line_of"]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -34,7 +34,10 @@ _LOG_TOKENS, _LOG_CONTEXTS, _LOG_BATCHES = (np.log2(np.array(x, np.float64)) for
 _TOKENS = np.array(TOKENS, dtype=np.float64)
 PARTS = ("draft", "target", "verify", "commit", "host")
 _NEWEST = 0.06  # share of a new observation once a cell has seen many
-_PRIOR_SLOPE = 0.02  # nothing is known yet: a further token costs 2 % of a step of one, as on a memory-bound target
+# Nothing is known yet: a further token costs 2 % of a step of one, as on a memory-bound target; drawing tokens costs
+# about the same for each. Steps refresh whole neighbourhoods, so what they teach of a slope is taught slowly.
+_PRIOR_SLOPE = 0.02
+_PRIOR_SLOPES = {"verify": 0.5}
 _REACH = 0.7  # neighbours learn from an observation up to about so many doublings away
 _OUTLIER = 4.0  # a step that took so many times its prediction was disturbed, and counts as this much
 _FIRST = 4  # observations of a cell that may have been disturbed by the start
@@ -47,6 +50,7 @@ class CostTable:
     Args:
         ms: [batches, contexts, tokens] to start from; None: a guess with the right shape and no scale.
         counts: how many observations each cell is worth; None: none where ``ms`` is a guess, else ten.
+        slope: of the guess: what a further token costs, in steps of one token.
 
     Attributes:
         is_measured: anything was observed; before that a time has no scale.
@@ -55,10 +59,10 @@ class CostTable:
         ConfigError: a wrong shape, or a time that is not positive and finite.
     """
 
-    def __init__(self, ms: Floats | None = None, counts: Floats | None = None) -> None:
+    def __init__(self, ms: Floats | None = None, counts: Floats | None = None, *, slope: float = _PRIOR_SLOPE) -> None:
         shape = (len(BATCHES), len(CONTEXTS), len(TOKENS))
         if ms is None:
-            ms = np.broadcast_to(1 + _PRIOR_SLOPE * (np.array(TOKENS) - 1.0), shape)
+            ms = np.broadcast_to(1 + slope * (np.array(TOKENS) - 1.0), shape)
             counts = np.zeros(shape)
         if ms.shape != shape or not (np.isfinite(ms) & (ms > 0)).all():
             raise ConfigError(f"a cost table must hold {shape} positive times, got {ms.shape}")
@@ -92,6 +96,12 @@ class CostTable:
         places = (np.log2(max(batch, 1.0)), np.log2(max(context, 1.0)), np.log2(max(tokens, 1.0)))
         _refresh(self.ms, self.counts, places, ratio)
         self.is_measured = True
+
+
+def line_of(fixed_ms: float, each_ms: float, *, free: int = 0) -> CostTable:
+    """The table of a part that takes ``fixed_ms`` and ``each_ms`` for every token above ``free``, whatever the rest."""
+    row = fixed_ms + each_ms * np.maximum(_TOKENS - free, 0)
+    return CostTable(np.broadcast_to(row, (len(BATCHES), len(CONTEXTS), len(TOKENS))).copy())
 
 
 def _monotone(table: Floats) -> Floats:
@@ -172,7 +182,9 @@ class CostModel:
         unknown = set(tables or {}) - set(PARTS)
         if unknown:
             raise ConfigError(f"parts of a cost model are {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
-        self.tables = {part: (tables or {}).get(part) or CostTable() for part in PARTS}
+        self.tables = {
+            part: (tables or {}).get(part) or CostTable(slope=_PRIOR_SLOPES.get(part, _PRIOR_SLOPE)) for part in PARTS
+        }
         self.tokens_per_ms = 0.0
 
     def take(self, other: CostModel) -> None:

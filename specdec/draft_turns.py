@@ -21,6 +21,7 @@ _NEWEST = 0.5  # share of a new draft in what a request's drafts are worth
 _LONGER, _SHORTER = 1.15, 0.6  # the rest after a trial in vain, and after one that brought its price once more
 _MOST_PRICES = 4.0
 _MOST_STEPS = 64.0
+_CHEAP = 0.05  # tokens: drafting that costs less than this is not worth missing the first step of a copy for
 _GOLDEN = 0.618  # spreads numbers evenly over [0, 1)
 
 
@@ -54,6 +55,9 @@ class DraftTurns:
             price: tokens that the time of the drafting would bring elsewhere.
         """
         surplus = worth - price
+        if price < _CHEAP:
+            self._worth[request_id], self._resting[request_id] = surplus, 0
+            return
         before = self._worth.get(request_id)
         is_trial = before is None or before <= 0
         # A success counts in full, as does the first draft: who begins to copy is not held back by its past.

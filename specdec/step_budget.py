@@ -29,8 +29,8 @@ from specdec.tree import FloatArray
 __all__ = ["StepBudget", "choose_size"]
 
 _NEWEST = 0.03  # share of one step in the speed-up that the rate is made of
-_NEWEST_PRICE = 0.1  # and in what drafting costs
-_OUTLIER = 4.0  # a draft that took so many times what was expected was disturbed, and counts as that
+_DEARER, _CHEAPER = 0.05, 0.5  # and in what drafting costs: what disturbs or compiles only adds time
+_FIRST_DRAFTS = 6  # steps with drafts before the price of drafting may keep anybody from it
 _NO_NODE = 1e9  # a threshold that no value reaches
 
 
@@ -72,12 +72,12 @@ class StepBudget:
         self.floor = Floor(floor)
         self.turns = DraftTurns()
         self.speedup = 1.0  # of the engine over plain decoding, in the recent past
-        self._draft_ms = 0.0  # for one request
+        self._draft_ms = np.inf  # for one request
+        self._num_drafts = 0  # steps that drafted
         self._num_drafting = 0  # requests of this step
         self._hysteresis = hysteresis
         self._threshold = 0.0  # nodes below it were cut off when it last changed
         self._requests, self._context, self._prefill = 0, 1.0, 0
-        self._may_draft = False
 
     def begin(self, num_requests: int, context: float, num_prefill: int, most: int) -> int:
         """A step begins; returns the most draft tokens of one request that could pay even if all were right.
@@ -93,8 +93,7 @@ class StepBudget:
         plain_ms = self.costs.step_ms(num_requests, context, num_requests)
         self.costs.tokens_per_ms = self.speedup * num_requests / max(plain_ms, 1e-9)
         self._num_drafting = 0
-        self._may_draft = self.floor.may_draft()
-        if not self._may_draft:
+        if not self.floor.may_draft():
             return 0
         costs = self._step_ms(most * num_requests)
         return min(most, choose_size(np.ones(len(costs) - 1, np.float32), costs, self.costs.tokens_per_ms))
@@ -129,6 +128,8 @@ class StepBudget:
         """
         self._num_drafting = len(request_ids)
         rate, size = self.costs.tokens_per_ms, sum(chosen)
+        if self._num_drafts < _FIRST_DRAFTS:
+            return
         costs = self._step_ms(size)
         each = rate * float(costs[-1] - costs[0]) / max(size, 1)
         for request_id, tokens, count in zip(request_ids, expected, chosen, strict=True):
@@ -143,9 +144,8 @@ class StepBudget:
             parts_ms: what the parts took; see ``specdec.cost_model.PARTS``.
         """
         if self._num_drafting:
-            ms = parts_ms.get("draft", 0.0) / self._num_drafting
-            ms = min(ms, _OUTLIER * self._draft_ms) if self._draft_ms else ms
-            self._draft_ms += _NEWEST_PRICE * (ms - self._draft_ms) if self._draft_ms else ms
+            self._num_drafts += 1
+            self._note_draft_ms(parts_ms.get("draft", 0.0) / self._num_drafting)
         plain_ms, is_known = float(self._step_ms(0)[0]), self.costs.is_measured
         tokens = self._requests + self._prefill + drafted
         for part, ms in parts_ms.items():
@@ -156,4 +156,11 @@ class StepBudget:
         speedup = min(tokens_each * plain_ms / spent, 64.0)
         if self._prefill == 0:
             self.speedup = max(1.0, self.speedup + _NEWEST * (speedup - self.speedup))
-        self.floor.observe(tokens_each, spent, plain_ms, has_drafted=self._may_draft)
+        self.floor.observe(tokens_each, spent, plain_ms, has_drafted=drafted + self._num_drafting > 0)
+
+    def _note_draft_ms(self, ms: float) -> None:
+        if self._num_drafts <= _FIRST_DRAFTS or ms < self._draft_ms:
+            share = 1.0 if np.isinf(self._draft_ms) else _CHEAPER if ms < self._draft_ms else 0.0
+        else:
+            share, ms = _DEARER, min(ms, 2 * self._draft_ms)
+        self._draft_ms = ms if share == 1.0 else self._draft_ms + share * (ms - self._draft_ms)

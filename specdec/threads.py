@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from pathlib import Path
 
-__all__ = ["usable_cores"]
+__all__ = ["usable_cores", "warn_of_threads"]
+
+logger = logging.getLogger(__name__)
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # control groups v2: "quota period" in microseconds, or "max period"
 
@@ -20,3 +23,13 @@ def usable_cores(quota_file: Path = _QUOTA) -> int:
     except (OSError, ValueError, ZeroDivisionError):  # no control groups, or no quota ("max")
         return cores
     return max(1, min(cores, allowed))
+
+
+def warn_of_threads(threads: int) -> None:
+    """Say so if torch runs more threads than this process may use at a time."""
+    cores = usable_cores()
+    if threads > cores:
+        logger.warning(
+            "torch runs %d threads on %d usable cores, which makes every step slower: torch.set_num_threads(%d)",
+            threads, cores, cores,
+        )  # fmt: skip

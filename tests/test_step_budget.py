@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from specdec.bench.arrivals import Arrival
-from specdec.bench.load_sim import LoadLimits, Policy, simulate_load
+from specdec.bench.load_policies import LoadLimits, Policy
+from specdec.bench.load_sim import simulate_load
 from specdec.bench.recorded_acceptance import made_up_acceptance
 from specdec.controller_floor import Floor
 from specdec.cost_model import BATCHES, CONTEXTS, TOKENS, CostModel, CostTable
@@ -111,6 +112,14 @@ def test_the_guard_pauses_longer_each_time_and_comes_back() -> None:
     for _ in range(200):
         floor.observe(2.0, 15.0, 10.0, has_drafted=True)
     assert floor.may_draft()
+
+
+def test_the_guard_is_patient_with_what_wins_in_stretches() -> None:
+    floor = Floor()
+    for step in range(2000):
+        assert floor.may_draft()
+        copies = step % 60 < 10  # four tokens a step for 10 steps, then 50 that lose 5 %
+        floor.observe(4.0 if copies else 1.0, 10.5, 10.0, has_drafted=True)
 
 
 def test_plain_steps_say_nothing_about_speculation() -> None:

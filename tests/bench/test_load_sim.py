@@ -7,12 +7,13 @@ import pytest
 from typer.testing import CliRunner
 
 from specdec.bench.arrivals import Arrival
+from specdec.bench.load_policies import LoadLimits, Policy, PruneModel
 from specdec.bench.load_record import record_acceptance
-from specdec.bench.load_sim import LoadLimits, Policy, compare_policies, prepare_arrivals, simulate_load
+from specdec.bench.load_sim import compare_policies, prepare_arrivals, simulate_load
 from specdec.bench.recorded_acceptance import RecordedAcceptance, accepted_by_size, made_up_acceptance
 from specdec.bench.workload import WorkItem
 from specdec.cli import app
-from specdec.cost_model import CostModel
+from specdec.cost_model import CostModel, line_of
 from specdec.errors import ConfigError, LoadError
 from specdec.types import DraftTree
 from tests.test_step_budget import costs_of
@@ -105,8 +106,43 @@ def test_the_command_compares_policies(tmp_path: Path) -> None:
     assert "adaptive" in done.output
 
 
+def with_drafts(costs: CostModel, fixed_ms: float, each_ms: float) -> CostModel:
+    costs.tables["draft"] = line_of(fixed_ms, each_ms)
+    return costs
+
+
+def work_s(policy: str, costs: CostModel, *, batch: int = 8, pruning: PruneModel | None = None) -> float:
+    arrivals = [Arrival(0.2 * i, 20, 60) for i in range(40)]
+    found = compare_policies(
+        arrivals, costs, made_up_acceptance([0.7, 0.2]), [Policy(policy)], slo_ms=SLO, limits=LoadLimits(batch, 128),
+        pruning=pruning,
+    )  # fmt: skip
+    return float(found[policy]["work_s"])
+
+
+def test_pruning_pays_where_rows_cost_and_never_loses() -> None:
+    assert work_s("static-4+prune", costs_of(1, 2.0)) < 0.97 * work_s("static-4", costs_of(1, 2.0))
+    dear = PruneModel(probe_ms=50.0)
+    assert work_s("static-4+prune", costs_of(1, 2.0), pruning=dear) == work_s("static-4", costs_of(1, 2.0))
+    with pytest.raises(ConfigError, match="pruning needs a depth"):
+        PruneModel(depth=1.0)
+
+
+def test_half_batches_pay_where_drafting_is_dear_and_never_lose() -> None:
+    dear = with_drafts(costs_of(1, 4.0), 2.0, 6.0)  # a step of 8 takes 48 ms, their drafts 50
+    assert work_s("static-2+overlap", dear) < 0.9 * work_s("static-2", dear)
+    cheap = with_drafts(costs_of(32, 1.0), 0.1, 0.05)  # the target's time does not follow the tokens
+    assert work_s("static-2+overlap", cheap) == pytest.approx(work_s("static-2", cheap), rel=1e-9)
+
+
+def test_drafts_that_cost_more_than_they_bring_are_left_out() -> None:
+    dear = with_drafts(costs_of(1, 4.0), 1.0, 8.0)
+    assert work_s("static-2", dear) > 1.1 * work_s("none", dear)
+    assert work_s("adaptive", dear) < work_s("none", dear) / 0.96
+
+
 def test_wrong_input_is_named() -> None:
-    with pytest.raises(ConfigError, match="none, adaptive or static-K, got 'fast'"):
+    with pytest.raises(ConfigError, match="none, adaptive or static-K, then .prune or .overlap, got 'fast'"):
         Policy("fast")
     with pytest.raises(ConfigError, match="the cost table is empty"):
         simulate_load([Arrival(0, 1, 1)], CostModel(), made_up_acceptance([0.5]), Policy("none"))

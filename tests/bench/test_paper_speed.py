@@ -9,9 +9,11 @@ import pytest
 from specdec import controller_adaptive, engine
 from specdec.bench import adaptive_speed
 from specdec.bench.arms import EngineArm, Job
-from specdec.bench.paper_speed import PaperClock, PricedDrafter, line_table, paper_engine
+from specdec.bench.paper_speed import PaperClock, PricedDrafter, paper_engine
+from specdec.cost_model import CostModel, line_of
 from specdec.drafters.fusion import FusedDrafter
 from specdec.drafters.ngram import NgramDrafter
+from specdec.step_budget import StepBudget
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def speed(clock: PaperClock, *, is_plain: bool, copies: bool, concurrency: int) 
         prompt = rng.integers(0, 5000, 60)
         answer = prompt if copies else rng.integers(0, 5000, 60)
         jobs.append(Job(prompt.astype(np.int32), 60, answer.astype(np.int32)))
-    make = partial(paper_engine, vocab_size=5000, costs=line_table(10.0, 4, 0.6), clock=clock)
+    make = partial(paper_engine, vocab_size=5000, costs=CostModel({"target": line_of(10.0, 0.6, free=4)}), clock=clock)
 
     def fresh() -> FusedDrafter:
         return FusedDrafter([("ngram", PricedDrafter(NgramDrafter(), (0.1, 0.3), clock))])
@@ -53,6 +55,20 @@ def test_the_same_run_takes_the_same_time_to_the_last_digit(clock: PaperClock, c
 def test_texts_that_copy_nothing_are_as_fast_as_without_drafts(clock: PaperClock, concurrency: int) -> None:
     plain = speed(clock, is_plain=True, copies=False, concurrency=concurrency)
     assert speed(clock, is_plain=False, copies=False, concurrency=concurrency) > 0.97 * plain
+
+
+def test_a_first_draft_that_compiles_does_not_stop_drafting() -> None:
+    budget, num_drafted = StepBudget(CostModel({"target": line_of(10.0, 0.1)})), 0
+    for step in range(400):
+        most = budget.begin(1, 100.0, 0, 8)
+        if most and budget.turns.may_draft("r"):
+            num_drafted += 1
+            size = budget.choose(np.full(4, 0.5, np.float32))
+            budget.judge(["r"], [0.5 * size], [size])
+            budget.finish(2, size, {"draft": 800.0 if step < 2 else 0.2, "target": 10.5})
+        else:
+            budget.finish(1, 0, {"target": 10.1})
+    assert num_drafted > 350
 
 
 def test_the_clock_is_given_back() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,11 +8,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from specdec.build import build_engine
+from specdec.build import build_engine, load_drafter, name_drafter
 from specdec.drafters.committee import CommitteeDrafter, CommitteeModel, Router
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.growing import Growth
-from specdec.errors import ConfigError
+from specdec.errors import ConfigError, UnsupportedError
 from specdec.types import Request, SamplingParams
 from tests.tiny_models import tiny_llama
 
@@ -112,3 +113,22 @@ def test_wrong_committees_are_refused() -> None:
         Router(2, per_request=3)
     with pytest.raises(ConfigError, match=r"one vocabulary, got sizes \[2, 3\]"):
         CommitteeModel([Spoken(0.5, 0.5), Spoken(0.2, 0.3, 0.5)], Router(2))
+
+
+def test_a_committee_has_a_name(target: LlamaForCausalLM, tmp_path: Path) -> None:
+    for seed in (0, 7):
+        tiny_llama(seed=seed).save_pretrained(tmp_path / str(seed))
+    name = f"committee:{tmp_path / '0'},{tmp_path / '7'}?per_request=2&depth=3&min_gain=0"
+    drafter = load_drafter(name, target)
+    assert isinstance(drafter, CommitteeDrafter)
+    assert len(drafter.model.models) == 2
+    request = Request("r", np.array([3, 5, 9], np.int32), SamplingParams(max_new_tokens=12))
+    texts = []
+    for one in ("none", drafter):
+        with build_engine(target, one, budget=4) as engine:
+            texts.append([token for part in engine.generate([request]) for token in part.new_ids])
+    assert texts[0] == texts[1]
+    with pytest.raises(UnsupportedError, match="needs the match rule"):
+        load_drafter(name, target, verifier="chain")
+    with pytest.raises(ConfigError, match="at least two models"):
+        name_drafter("committee:one")

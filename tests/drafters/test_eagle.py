@@ -168,6 +168,6 @@ def test_rejection_rules_and_targets_without_trees_are_refused(target: Any, chec
     name = f"eagle:{checkpoints / 'safeailab-3'}"
     with pytest.raises(UnsupportedError, match="EAGLE trees need the match rule"):
         build_engine(target, name, verifier="traversal")
-    for option, message in (("depth=0", "depth must be >= 1"), ("min_gain=-1", "min_gain must be >= 0")):
+    for option, message in (("depth=0", "depth must be >= 1"), ("min_gain=-1", "min_gain must be auto or >= 0")):
         with pytest.raises(ConfigError, match=message):
             build_engine(target, f"{name}?{option}")

@@ -36,8 +36,8 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("named")
     return {
         "lm": f"lm:{save_tiny_llama(root / 'small')}",
-        "states of one layer": f"eagle:{write('safeailab-1', root / 'one')}?probe=0",
-        "states of three layers": f"eagle:{write('speculators', root / 'three')}?probe=0&top_k=3&depth=3",
+        "states of one layer": f"eagle:{write('safeailab-1', root / 'one')}?probe=0&min_gain=0",
+        "states of three layers": f"eagle:{write('speculators', root / 'three')}?probe=0&top_k=3&depth=3&min_gain=0",
     }
 
 
@@ -75,7 +75,7 @@ def test_a_server_takes_them_side_by_side_and_says_no_folder(target: Any, names:
     options = ServerOptions("tiny", tuple(names.values()), engine={"max_length": 200, "kv_tokens": 4096})
     with running(build_service(target, tokenizer(), (256,), options)) as live:
         offered = live.get("/v1/models").json()["data"][0]["drafters"]
-        assert offered == ["lm:small", "eagle:one?probe=0", "eagle:three?probe=0&top_k=3&depth=3"]
+        assert offered == ["lm:small", "eagle:one?probe=0&min_gain=0", "eagle:three?probe=0&top_k=3&depth=3&min_gain=0"]
         common = {"model": "tiny", "prompt": PROMPT.tolist(), "max_tokens": 24, "ignore_eos": True, "temperature": 0}
         answers = [
             live.post("/v1/completions", common | {"speculative": {"drafter": name, "max_tokens": 4}}).json()
@@ -88,8 +88,8 @@ def test_a_server_takes_them_side_by_side_and_says_no_folder(target: Any, names:
 
 
 def test_a_server_refuses_names_that_clients_could_not_tell_apart(target: Any, names: dict[str, str], tmp_path: Path):
-    other = f"eagle:{write('safeailab-1', tmp_path / 'one')}?probe=0"
-    with pytest.raises(ConfigError, match=r"different names, got eagle:one\?probe=0, eagle:one"):
+    other = f"eagle:{write('safeailab-1', tmp_path / 'one')}?probe=0&min_gain=0"
+    with pytest.raises(ConfigError, match=r"different names, got eagle:one\?probe=0&min_gain=0, eagle:one"):
         build_service(target, tokenizer(), (256,), ServerOptions("tiny", (names["states of one layer"], other)))
 
 

@@ -87,10 +87,11 @@ def _measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     law, names = SamplingParams(max_new_tokens=args.new_tokens), itertools.count()
     rng = np.random.default_rng(args.seed)
     rows: list[dict[str, Any]] = []
+    target = fingerprint(model)  # before the engine packs the weights
     with build_engine(model, "ngram", tokenizer=tokenizer, max_batch_size=4) as engine:
         capture = TraceCapture(
             Spool(folder), consent=Consent(frozenset({"bench"})), hashes=KeyedHash(bytes(32)),
-            target=fingerprint(model), options=CaptureOptions(shard_s=args.shard_s), redactor=Redactor(),
+            target=target, options=CaptureOptions(shard_s=args.shard_s), redactor=Redactor(),
             decode=lambda ids: str(tokenizer.decode(ids)),
         )  # fmt: skip
         timed, end = _Timed(capture), monotonic() + args.seconds

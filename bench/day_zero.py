@@ -9,9 +9,13 @@ are random but for the target's own `lm_head`. Every figure is of served request
 
 Traffic A is `--project N`: an agent at work on one small project, edit after edit, each of a kind and a place drawn at
 random, on N held-out functions that fit a prompt. With `--project 0` no function comes twice on purpose, and
-`--pool N` serves the same N prompts again and again, as automated clients do. `--shift-after N` changes to traffic B
-(plain continuation of held-out files) after N requests, and back to A after as many again. Requests arrive at
-`--per-minute`, at most; what the two processes had of the CPU is written beside the curve.
+`--pool N` serves the same N prompts again and again, as automated clients do. Requests arrive at `--per-minute`, at
+most; what the two processes had of the CPU is written beside the curve.
+
+`--shift-after N` changes to traffic B after N requests, and back to A after as many again. B is completion at a cursor
+(or, with `--project 0`, continuation of held-out files): as many places in held-out files as A has functions, one drawn
+at random for each request, the cursor up to 31 tokens further on as text is typed. `--static` serves the first version
+to the end, and nothing learns.
 """
 
 from __future__ import annotations
@@ -88,6 +92,19 @@ class Traffic:
             if task is not None:
                 yield edit_prompt(self._tokenizer, task.user)
 
+    def completions(self, num_places: int) -> Iterator[list[int]]:
+        """The text before a cursor: one of some places in held-out files, up to 31 tokens further on."""
+        rng = np.random.default_rng((self._seed, 8))
+        texts = [self._tokenizer(file.text)["input_ids"] for file in heldout_files()[:200]]
+        texts = [text for text in texts if len(text) > 300]
+        places = [
+            (int(i), int(rng.integers(192, len(texts[i]) - 32))) for i in rng.integers(len(texts), size=num_places)
+        ]
+        while True:
+            file, place = places[int(rng.integers(num_places))]
+            end = place + int(rng.integers(32))
+            yield texts[file][end - 192 : end]
+
     def continuations(self) -> Iterator[list[int]]:
         """Stretches of held-out files, to be continued."""
         rng = np.random.default_rng((self._seed, 7))
@@ -114,7 +131,9 @@ class _Point:
 
 
 def _stream(traffic: Traffic, shift_after: int, pool: int, project: int) -> Iterator[tuple[str, list[int]]]:
-    sources = {"A": traffic.project(project) if project else traffic.edits(), "B": traffic.continuations()}
+    sources = {"A": traffic.edits(), "B": traffic.continuations()}
+    if project:
+        sources = {"A": traffic.project(project), "B": traffic.completions(project)}
     fitting = {name: (ids for ids in source if len(ids) <= _MAX_PROMPT) for name, source in sources.items()}
     pools = {name: [next(source) for _ in range(pool)] for name, source in fitting.items()} if pool else {}
     for count in itertools.count():
@@ -138,6 +157,8 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if daemon.poll() is not None:
                 raise RuntimeError((folder / "traind.log").read_text()[-2000:])
             time.sleep(0.2)
+        if args.static:
+            daemon.terminate()
         drafter = load_drafter(f"registry:{folder / 'registry'}?top_k=3&depth=5", model, tokenizer)
         assert isinstance(drafter, VersionedDrafter)
         guardian = Guardian(registry, drafter, options=GUARD, is_automatic=not args.static)
@@ -202,10 +223,42 @@ def _serve(
                     traffic, version, is_repeated = live.pop(output.request_id)
                     points.append(_Point(
                         time.monotonic() - started, state.num_output_tokens, state.num_steps, version, traffic,
-                        is_repeated, time.process_time() - own, sum(trainer.cpu_times()[:2]),
+                        is_repeated, time.process_time() - own, _cpu_seconds(trainer),
                     ))  # fmt: skip
             if args.pause_ms:
                 time.sleep(args.pause_ms / 1e3)  # a server that is not busy all the time leaves room to learn
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    try:
+        user, system = process.cpu_times()[:2]
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(user) + float(system)
+
+
+def shifts(requests: list[list[Any]], after: int, *, window: int = 12) -> dict[str, Any]:
+    """What two changes of traffic did: acceptance length (tokens per step) around them, by order of finishing.
+
+    ``recovered_after``: requests until the mean of ``window`` of them reached 95 % of what the phase ended with (its
+    last third); None: it takes the whole phase, or nothing was lost.
+    """
+    rows = sorted(requests, key=lambda row: row[0])
+
+    def length(some: list[list[Any]]) -> float:
+        tokens, steps = float(sum(row[1] for row in some)), float(sum(row[2] for row in some))
+        return round(tokens / max(1.0, steps), 3)
+
+    found: dict[str, Any] = {}
+    for name, phase in (("A", rows[:after]), ("B", rows[after : 2 * after]), ("A again", rows[2 * after :])):
+        third, end = max(1, len(phase) // 3), length(phase[-max(1, len(phase) // 3) :])
+        means = [length(phase[i : i + window]) for i in range(max(0, len(phase) - window))]
+        reached = [i for i, mean in enumerate(means) if mean >= 0.95 * end]
+        found[name] = {"first_third": length(phase[:third]), "last_third": end,
+                       "recovered_after": reached[0] if reached else None}  # fmt: skip
+    found["drop"] = round(found["B"]["first_third"] - found["A"]["last_third"], 3)
+    found["forgotten"] = round(found["A"]["last_third"] - found["A again"]["first_third"], 3)
+    return found
 
 
 def summarize(requests: list[list[Any]], *, bins: int = 30) -> list[dict[str, Any]]:
@@ -264,6 +317,7 @@ def main() -> None:
         args.json,
         {"what": "acceptance length of a head that learns from live traffic, bundled model, float32",
          "settings": settings,
+         **({"shift": shifts(done["requests"], args.shift_after)} if args.shift_after else {}),
          "curve": curve, **done},
     )  # fmt: skip
     for row in curve:

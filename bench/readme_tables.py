@@ -243,14 +243,65 @@ def _tiny_drafters(root: Path) -> str:
     return "\n".join(rows) + f"\n\n{what} " + _source("tiny_drafters", result, link=_FROM_DOCS)
 
 
+_DAY_ZERO = {
+    "day_zero": "a project of 32 functions",
+    "day_zero_fresh": "functions that never repeat",
+    "day_zero_pool": "16 prompts, again and again",
+}
+
+
 def _day_zero(root: Path) -> str:
-    results = {name: _load(root, name) for name in ("day_zero", "day_zero_pool")}
-    lines = ["| minutes | prompts that never repeat | 16 prompts, again and again |", "| ---: | ---: | ---: |"]
+    results = {name: _load(root, name) for name in _DAY_ZERO}
+    lines = [
+        f"| minutes | {' | '.join(_DAY_ZERO.values())} | trainer's CPU seconds, project |",
+        "| ---: " * (len(results) + 2) + "|",
+    ]
     for minute in range(0, 30, 3):
         cells = [_in_minutes(result["requests"], minute, minute + 3) for result in results.values()]
-        lines.append(f"| {minute} to {minute + 3} | {' | '.join(cells)} |")
+        spent = [row[7] for row in results["day_zero"]["requests"] if row[0] / 60 < minute + 3]
+        lines.append(f"| {minute} to {minute + 3} | {' | '.join(cells)} | {max(spent):.0f} |")
     notes = [_source(name, result, link=_FROM_DOCS) for name, result in results.items()]
     return "\n".join([*lines, "", *notes])
+
+
+def _shift(root: Path) -> str:
+    results = {name: _load(root, name) for name in ("shift_online", "shift_static")}
+    lines = ["| traffic | learning on | static |", "|---|---:|---:|"]
+    for phase in ("A", "B", "A again"):
+        for part in ("first_third", "last_third"):
+            cells = " | ".join(f"{result['shift'][phase][part]:.2f}" for result in results.values())
+            lines.append(f"| {phase}, {part.replace('_', ' ')} | {cells} |")
+    for phase in ("B", "A again"):
+        found = [result["shift"][phase]["recovered_after"] for result in results.values()]
+        cells = " | ".join("–" if one is None else str(one) for one in found)
+        lines.append(f"| {phase}: requests until 95 % of its last third | {cells} |")
+    notes = [_source(name, result, link=_FROM_DOCS) for name, result in results.items()]
+    return "\n".join([*lines, "", *notes])
+
+
+def _rejected_tokens(root: Path) -> str:
+    result = _load(root, "rejected_tokens")
+    lines = ["| term | acceptance length | against off, 95 % interval |", "|---|---:|---:|"]
+    for arm, length in result["acceptance_length"].items():
+        found = result["against_off"].get(arm)
+        low, high = found["interval_95"] if found else (0, 0)
+        cell = f"{found['mean']:+.3f} ({low:+.3f} to {high:+.3f})" if found else "–"
+        lines.append(f"| {arm} | {length:.3f} | {cell} |")
+    return "\n".join([*lines, "", _source("rejected_tokens", result, link=_FROM_DOCS)])
+
+
+def _capture_overhead(root: Path) -> str:
+    result = _load(root, "capture_overhead")
+    lines = ["| cost of capture, token mode | percent | 95 % interval |", "|---|---:|---:|"]
+    for key, name in (
+        ("wall", "wall time"), ("cpu", "CPU time, all threads"), ("engine_thread_cpu", "CPU time, the engine's thread"),
+        ("attributed", "CPU time inside `observe`"),
+    ):  # fmt: skip
+        low, high = result[key]["interval_95_percent"]
+        lines.append(f"| {name} | {result[key]['percent']:.2f} | {low:.2f} to {high:.2f} |")
+    rates = f"{result['tokens_per_second_without']:.0f} tokens per second without, "
+    rates += f"{result['tokens_per_second_with']:.0f} with, {result['pairs']} pairs."
+    return "\n".join([*lines, "", rates, "", _source("capture_overhead", result, link=_FROM_DOCS)])
 
 
 def _in_minutes(requests: list[list[Any]], start: int, end: int) -> str:
@@ -260,7 +311,10 @@ def _in_minutes(requests: list[list[Any]], start: int, end: int) -> str:
 
 
 _TABLES: Mapping[str, Callable[[Path], str]] = {
+    "capture_overhead": _capture_overhead,
     "day_zero": _day_zero,
+    "shift": _shift,
+    "rejected_tokens": _rejected_tokens,
     "demo": _demo,
     "plain_speed": _plain_speed,
     "retrieval": _retrieval,

@@ -272,10 +272,11 @@ class TrainDaemon:
     def _follow_registry(self) -> None:
         """If a version of ours went wrong: begin again from the one that serves, slower, without what taught it."""
         state = self._registry.state()
-        bad = self._own & state.marks.keys()
+        marked = self._own & state.marks.keys()
+        self._own -= marked
+        bad = marked - state.undecided
         if not bad:
             return
-        self._own -= bad
         quarantined: set[str] = set()
         for version in bad:
             try:

@@ -17,7 +17,7 @@ from specdec.errors import ConfigError
 
 __all__ = ["Alarm", "Cusum", "GuardOptions", "RollbackLimit", "Trial", "Verdict", "share_of", "tell_apart"]
 
-Verdict: TypeAlias = Literal["promote", "reject"]
+Verdict: TypeAlias = Literal["promote", "reject", "undecided"]
 Alarm: TypeAlias = Literal["drift", "bad weights"]
 
 
@@ -102,9 +102,9 @@ class Trial:
         lower, upper = self.bounds()
         if lower > -options.tolerance:
             return "promote"
-        if upper < 0 or num_new >= options.max_requests:
+        if upper < 0:
             return "reject"
-        return None
+        return "undecided" if num_new >= options.max_requests else None
 
 
 class Cusum:

@@ -199,8 +199,8 @@ class Guardian:
         figures = f"tokens per round {lower:+.1%} to {upper:+.1%} over {self._trial.counts[0]} requests"
         if verdict == "promote":
             self.registry.promote(state.canary, figures)
-        elif verdict == "reject":
-            self.registry.end_trial(figures)
+        elif verdict is not None:
+            self.registry.end_trial(figures, is_worse=verdict == "reject")
         if verdict is not None:
             self._trial_of = 0
             self._follow(self.registry.state())

@@ -84,6 +84,11 @@ class RegistryState:
     marks: Mapping[int, str] = field(default_factory=dict)
     events: tuple[Mapping[str, Any], ...] = ()
 
+    @property
+    def undecided(self) -> set[int]:
+        """Versions whose trial ended without a verdict: they are not served, but nothing speaks against them."""
+        return {event["version"] for event in self.events if event["what"] == "undecided"}
+
 
 class Registry:
     """Versions in a directory; any number of readers and writers on one machine.
@@ -203,11 +208,12 @@ class Registry:
             changes["pinned"] = version  # the first one is what later ones are judged against
         self._decide("promote", version, why, **changes)
 
-    def end_trial(self, why: str) -> None:
-        """Stop trying out the canary, and never serve it again."""
+    def end_trial(self, why: str, *, is_worse: bool = True) -> None:
+        """Stop trying out the canary, and never serve it again; unless it is worse, nothing is held against it."""
         state = self.state()
         if state.canary:
-            self._decide("reject", state.canary, why, mark=state.canary, canary=0)
+            what = "reject" if is_worse else "undecided"
+            self._decide(what, state.canary, why, mark=state.canary, canary=0)
 
     def rollback(self, why: str) -> int:
         """Serve the newest sound version before the current one, else the pinned one; its number.

@@ -175,6 +175,25 @@ def test_a_refused_version_sends_the_learner_back_slower_and_quarantines_its_win
     daemon.close()
 
 
+def test_a_version_whose_trial_ended_undecided_is_not_held_against_its_data(tmp_path: Path) -> None:
+    spool, registry = Spool(tmp_path / "spool"), Registry(tmp_path / "registry")
+    learner = JudgedLearner()
+    learner.length = 2.0
+    daemon = daemon_at(tmp_path, learner)
+    for number in (1, 2, 3, 4):
+        spool.put([numbered(number)])
+        daemon.step()
+    registry.promote(1, "first")
+    registry.try_out(2, "newest")
+    registry.end_trial("-1% to +1%", is_worse=False)
+    shards = daemon.pool.shard_ids
+    daemon.step()
+    assert learner.resets == []
+    assert daemon.pool.shard_ids == shards
+    assert 2 in registry.state().marks
+    daemon.close()
+
+
 def test_a_forgotten_tenant_is_not_replayed(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
     learner = JudgedLearner()

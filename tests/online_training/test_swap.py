@@ -276,6 +276,14 @@ def test_a_trial_between_equals_seldom_rejects() -> None:
     assert verdicts == ["promote"] * 200
 
 
+def test_a_trial_without_a_verdict_ends_undecided() -> None:
+    trial = Trial(GuardOptions(min_requests=4, max_requests=6))
+    for mean in (1.0, 3.0) * 3:
+        trial.add(mean, is_canary=True)
+        trial.add(mean, is_canary=False)
+    assert trial.verdict() == "undecided"
+
+
 def test_cusum_is_quiet_on_the_reference_and_quick_on_a_fall() -> None:
     rng = np.random.default_rng(1)
     false_alarms = 0

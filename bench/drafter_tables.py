@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["draft_profile_table", "model_drafters_table"]
+__all__ = [
+    "calibration_table",
+    "diffusion_lengths_table",
+    "diffusion_speed_table",
+    "draft_profile_table",
+    "model_drafters_table",
+]
 
 _COLUMNS = (("edits", 0.0), ("edits", 0.8), ("free code", 0.0), ("free code", 0.8))
 _SPEEDS = ("tokens_per_second", "tokens_per_cpu_second")  # the first one that was measured
@@ -59,3 +65,67 @@ def draft_profile_table(result: Mapping[str, Any]) -> str:
             f"{shares['attention']:.0%} | {row['matmuls_and_attention']:.0%} | {shares['norms']:.0%} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def diffusion_lengths_table(result: Mapping[str, Any]) -> str:
+    """Acceptance lengths of a block-diffusion head and an EAGLE head on the same texts."""
+    count = {name: f"{number / 1e6:.2f} M" for name, number in result["parameters"].items()}
+    lines = [
+        f"| greedy | DSpark ({count['first']}) | EAGLE-3 ({count['second']}) | difference (95 %) |",
+        "|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        low, high = row["interval_95"]
+        lines.append(
+            f"| {row['text']}, {row['shape']} | {row['first']:.2f} | {row['second']:.2f} | "
+            f"{row['difference']:+.2f} ({low:+.2f} to {high:+.2f}) |"
+        )
+    lines += ["", f"{result['prompts']} held-out texts of each kind, {result['new_tokens']} new tokens each; no times."]
+    return "\n".join(lines) + "\n"
+
+
+def calibration_table(result: Mapping[str, Any]) -> str:
+    """Calibration errors by place, and the reliability of the first place's chances, before and after fitting."""
+    judged = result["calibration"]
+    names = ("before", "after")
+    places = range(1, len(judged["temperatures"]) + 1)
+    lines = [
+        f"| error of the prefix up to place | {' | '.join(map(str, places))} |",
+        "|---|" + "---|" * len(places),
+        *(f"| {name} | {' | '.join(f'{error:.1%}' for error in judged[name]['errors'])} |" for name in names),
+        f"| temperature | {' | '.join(f'{value:.2f}' for value in judged['temperatures'])} |",
+        "",
+        "| first guess: chance | accepted, before | accepted, after |",
+        "|---|---|---|",
+    ]
+    curves = {
+        name: {min(int(mean * 10), 9): (share, count) for mean, share, count in judged[name]["curves"][0]}
+        for name in names
+    }
+    for tenth in range(10):
+        cells = [
+            f"{curves[name][tenth][0]:.0%} of {curves[name][tenth][1]}" if tenth in curves[name] else "–"
+            for name in names
+        ]
+        lines.append(f"| {tenth * 10} to {tenth * 10 + 10} % | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def diffusion_speed_table(result: Mapping[str, Any]) -> str:
+    """Tokens per second of fixed lengths and rules, and every rule against the best fixed length."""
+    lines: list[str] = []
+    for text, found in result["texts"].items():
+        best = found["against_best_fixed"]["best_fixed"]
+        lines += [
+            f"| {text} | acceptance length | drafted a step | tokens/s | against {best} (range) |",
+            "|---|---|---|---|---|",
+        ]
+        for arm, row in found["arms"].items():
+            ratio = found["against_best_fixed"].get(arm)
+            cell = f"{ratio['median']:.3f} ({ratio['least']:.3f} to {ratio['greatest']:.3f})" if ratio else ""
+            lines.append(
+                f"| {arm} | {row['acceptance_length']:.2f} | {row['drafted_per_step']:.2f} | "
+                f"{row['tokens_per_second']:.0f} | {cell} |"
+            )
+        lines.append("")
+    return "\n".join(lines)

@@ -14,7 +14,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from specdec.bench.drafter_tables import draft_profile_table, model_drafters_table
+from specdec.bench.drafter_tables import (
+    calibration_table,
+    diffusion_lengths_table,
+    diffusion_speed_table,
+    draft_profile_table,
+    model_drafters_table,
+)
 from specdec.bench.result_tables import live_table, replay_table, simulation_table
 from specdec.errors import ConfigError, LoadError
 
@@ -330,6 +336,9 @@ _TABLES: Mapping[str, Callable[[Path], str]] = {
     "model_drafters": _of_drafters("model_drafters", model_drafters_table),
     "draft_profile": _of_drafters("draft_profile", draft_profile_table),
     "draft_profile_one_thread": _of_drafters("draft_profile_one_thread", draft_profile_table),
+    "diffusion_lengths": _of_drafters("diffusion_drafting", diffusion_lengths_table),
+    "diffusion_calibration": _of_drafters("diffusion_drafting", calibration_table),
+    "diffusion_speed": _of_drafters("diffusion_speed", diffusion_speed_table),
     "tiny_drafters": _tiny_drafters,
 }
 

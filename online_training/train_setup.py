@@ -118,6 +118,8 @@ class DrafterPlan:
             raise ConfigError(f"anchors, Markov head and slot weights belong to dflash and dspark, not to {self.kind}")
         if self.init is not None and (self.layers is not None or self.draft_vocab is not None):
             raise ConfigError("a drafter to begin from brings its own layers and vocabulary: leave them out")
+        if self.init is not None and (self.blocks.begin_as or self.blocks.inner_size or self.num_layers is not None):
+            raise ConfigError("a drafter to begin from has its shape: leave num_layers, inner_size and begin_as out")
 
     @property
     def is_blocks(self) -> bool:

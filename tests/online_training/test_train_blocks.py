@@ -220,6 +220,8 @@ def test_options_outside_their_rules_are_refused():
             BlockOptions(**options)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="belong to dflash and dspark, not to eagle3"):
         DrafterPlan("eagle3", blocks=BlockPlan(anchors=3))
+    with pytest.raises(ConfigError, match="has its shape: leave num_layers"):
+        DrafterPlan("dspark", init=Path("head"), blocks=BlockPlan(begin_as=(1,)))
 
 
 def test_slots_outside_the_text_weigh_nothing_under_dpace():

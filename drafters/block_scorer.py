@@ -13,11 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.attention import StepAttention, TailMasks
+from specdec.attention import AttentionStep, StepAttention, TailMasks
 from specdec.drafters.diffusion_head import DiffusionHead
 from specdec.drafters.growing import GrowingCache, Growth, chain_growth
+from specdec.drafters.head_runner import head_runner
 from specdec.drafters.state_reader import PIECE, StateReader
+from specdec.kernels.launch import Backend, uses_triton
 from specdec.kv_cache import CallShape, GroupKey, KVPool
+from specdec.step_buffers import Outputs, Step
 from specdec.types import RequestState
 
 __all__ = ["BlockScorer"]
@@ -30,18 +33,36 @@ class BlockScorer:
         head: weights and arithmetic.
         kv_tokens: rows that the cache holds over all requests, the blocks of a step included.
         max_requests: most requests at a time.
+        kernels: who attends; see ``specdec.kernels.launch.uses_triton``. A head of which some layers see later rows
+            and others do not is torch's.
+        graphs: capture the head's forwards as CUDA graphs where there are any.
     """
 
-    def __init__(self, head: DiffusionHead, *, kv_tokens: int, max_requests: int) -> None:
+    def __init__(
+        self,
+        head: DiffusionHead,
+        *,
+        kv_tokens: int,
+        max_requests: int,
+        kernels: Backend = "auto",
+        graphs: bool = True,
+    ) -> None:
         config = head.config
         shape = CallShape(config.num_kv_heads, config.head_dim, config.head_dim)
         groups: list[GroupKey] = [("sliding", window) if window else ("full", 0) for window in config.windows]
         self.head = head
+        if len(set(config.causal)) > 1:
+            kernels = "torch"
         self._cache = GrowingCache(
             KVPool(
                 [(group, shape) for group in groups], kv_tokens, num_live_requests=max_requests,
                 num_step_tokens=max(PIECE, config.block_size) * max_requests, dtype=head.dtype, device=head.device,
+                keep_runs=False if uses_triton(kernels, head.device) else None,
             )
+        )  # fmt: skip
+        self._runner = head_runner(
+            self._cache.pool, self._run_head, kernels=kernels, graphs=graphs, max_requests=max_requests, max_tree=0,
+            name="a diffusion head",
         )  # fmt: skip
         self._reader = StateReader(self._cache, config.hidden_layers)
         self._masks: dict[bool, dict[tuple[GroupKey, int], TailMasks]] = {False: {}, True: {}}
@@ -103,6 +124,10 @@ class BlockScorer:
         config = self.head.config
         layouts, positions = self._cache.lay_out(growths)
         open_ = [replace(layout, ancestors=np.ones_like(layout.ancestors)) for layout in layouts]
+        ids = np.concatenate([growth.token_ids for growth in growths], dtype=np.int64)
+        if self._runner is not None:
+            seen = layouts if config.causal[0] else open_
+            return self._runner.run(Step(seen, ids, positions, np.arange(len(ids))))[0]
         steps = {
             is_causal: StepAttention(
                 self._cache.pool, layouts if is_causal else open_,
@@ -117,6 +142,19 @@ class BlockScorer:
             step.num_calls = layer
             return step.attend(query, key, value, None, None, None)
 
-        token_ids = torch.from_numpy(np.concatenate([growth.token_ids for growth in growths], dtype=np.int64))
-        where = torch.from_numpy(positions).to(self.head.device)
-        return self.head.forward(token_ids.to(self.head.device), where, attend)
+        token_ids, where = (torch.from_numpy(numbers).to(self.head.device) for numbers in (ids, positions))
+        return self.head.forward(token_ids, where, attend)
+
+    def _run_head(
+        self,
+        step: AttentionStep,
+        input_ids: Tensor,
+        positions: Tensor,
+        logit_rows: Tensor,
+        *,
+        states: Tensor | None = None,
+    ) -> Outputs:
+        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return step.attend(query, key, value, None, None, None)
+
+        return self.head.forward(input_ids, positions, attend), None  # ``logit_rows`` are all rows

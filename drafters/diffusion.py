@@ -22,6 +22,7 @@ from specdec.drafters.calibration import CalibrationLog, Temperatures
 from specdec.drafters.diffusion_head import DiffusionHead
 from specdec.drafters.tree_search import SearchLimits, TreeSearch
 from specdec.errors import ConfigError, UnsupportedError
+from specdec.kernels.launch import Backend
 from specdec.protocols import DrafterNeeds, Draws
 from specdec.types import DraftTree, RequestState, StepEvent
 
@@ -41,6 +42,8 @@ class DiffusionDrafter:
         draws: draw an honest chain for a rejection rule; None: for match.
         kv_tokens: rows that the head's cache holds over all requests.
         max_requests: most requests at a time.
+        kernels: who attends; see ``BlockScorer``.
+        graphs: likewise.
 
     Raises:
         ConfigError: an option is outside its rule.
@@ -58,6 +61,8 @@ class DiffusionDrafter:
         draws: Draws | None = None,
         kv_tokens: int = 65_536,
         max_requests: int = 64,
+        kernels: Backend = "auto",
+        graphs: bool = True,
     ) -> None:
         for name, value in (("top_k", top_k), ("kv_tokens", kv_tokens), ("max_requests", max_requests)):
             if value < 1:
@@ -80,7 +85,7 @@ class DiffusionDrafter:
         self._temperatures = temperatures or Temperatures()
         self.log: CalibrationLog | None = None  # set one to collect rounds for ``Temperatures``
         self._confidences: dict[str, npt.NDArray[np.float64]] = {}  # of the newest drafts, for the log
-        self._scorer = BlockScorer(head, kv_tokens=kv_tokens, max_requests=max_requests)
+        self._scorer = BlockScorer(head, kv_tokens=kv_tokens, max_requests=max_requests, kernels=kernels, graphs=graphs)
 
     @property
     def num_used(self) -> int:

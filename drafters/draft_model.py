@@ -17,9 +17,12 @@ import numpy.typing as npt
 import torch
 
 from specdec.drafters.growing import GrowingCache, Growth, chain_growth
+from specdec.drafters.head_runner import GRAPH_REQUESTS
 from specdec.errors import UnsupportedError
+from specdec.kernels.launch import Backend
 from specdec.packed_linear import pack_linears, unpack_linears
 from specdec.routes import choose_route
+from specdec.step_buffers import BUCKETS
 from specdec.tree_target import TreeTarget
 from specdec.types import IntArray
 
@@ -41,7 +44,10 @@ class DraftModel:
         max_requests: most requests at a time.
         self_test: False trusts the attention probe alone; for tests.
         around_growth: entered around every forward over draft nodes, never around one over committed tokens.
-        around_forward: entered around every forward.
+        around_forward: entered around every forward; with one of the two nothing is captured.
+        kernels: who attends; see ``specdec.kernels.launch.uses_triton``.
+        graphs: capture forwards of up to 256 tokens as CUDA graphs where there are any.
+        max_tree: most nodes of a request's tree in earlier forwards of a step that a captured one has room for.
 
     Raises:
         UnsupportedError: the model cannot score trees; the message says why.
@@ -57,16 +63,25 @@ class DraftModel:
         self_test: bool = True,
         around_growth: Callable[[], AbstractContextManager[None]] = nullcontext,
         around_forward: Callable[[], AbstractContextManager[None]] = nullcontext,
+        kernels: Backend = "auto",
+        graphs: bool = True,
+        max_tree: int = 64,
     ) -> None:
-        route = choose_route(model, max_length=max_length, self_test=self_test)
+        route = choose_route(model, max_length=max_length, self_test=self_test, kernels=kernels)
         if route.kind != "tree":
             raise UnsupportedError(f"{type(model).__name__} cannot be a draft model: {' '.join(route.reasons)}")
         self.max_length = max_length
         self._around_growth, self._around_forward = around_growth, around_forward
+        is_captured = graphs and around_growth is nullcontext and around_forward is nullcontext
         self._target = TreeTarget(
             model, route.calls, kv_tokens=kv_tokens, max_length=max_length, max_batch_size=max_requests,
-            max_step_tokens=max_requests * _PIECE,
+            max_step_tokens=max_requests * _PIECE, kernels=kernels, buckets=BUCKETS if is_captured else (),
+            max_earlier=GRAPH_REQUESTS * max_tree,
         )  # fmt: skip
+        if self._target.runner is not None and is_captured:
+            from specdec.kernel_runner import capture_if_possible  # imports Triton, which is not everywhere
+
+            capture_if_possible(self._target.runner, self._target.device, type(model).__name__)
         self.vocab_size = self._target.vocab_size
         self.device = self._target.device
         self._cache = GrowingCache(self._target.pool)
@@ -120,7 +135,8 @@ class DraftModel:
                 break
             rows = self._forward(growths, np.cumsum([len(tokens) for tokens in pieces.values()]) - 1)
             self._cache.keep({growth.request_id: len(growth.token_ids) for growth in growths})
-            last |= zip(pieces, rows, strict=True)
+            # Copies: the next forward may overwrite the outputs of a captured one.
+            last |= zip(pieces, rows if self._target.runner is None else rows.clone(), strict=True)
             rest = {index: tokens[_PIECE:] for index, tokens in rest.items() if len(tokens) > _PIECE}
         served = sorted(last)
         logits = torch.stack([last[index] for index in served]) if served else torch.empty(0, self.vocab_size)

@@ -18,16 +18,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from specdec.attention import StepAttention, TailMasks
+from specdec.attention import AttentionStep, StepAttention, TailMasks
 from specdec.drafters.draft_costs import DraftCosts
 from specdec.drafters.growing import GrowingCache, Growth
+from specdec.drafters.head_runner import head_runner
 from specdec.drafters.levels import Words, search_trees
 from specdec.drafters.state_head import StateHead
 from specdec.drafters.state_reader import PIECE, StateReader
 from specdec.drafters.tree_search import SearchLimits, TreeSearch
 from specdec.errors import ConfigError
+from specdec.kernels.launch import Backend, uses_triton
 from specdec.kv_cache import GroupKey, KVPool
 from specdec.protocols import DrafterNeeds
+from specdec.step_buffers import Outputs, Step
 from specdec.types import DraftTree, RequestState, StepEvent
 
 __all__ = ["EagleDrafter"]
@@ -45,9 +48,12 @@ class EagleDrafter:
             the measured costs decide, and the first few steps grow to the full depth.
         kv_tokens: rows that the head's cache holds over all requests.
         max_requests: most requests at a time.
+        kernels: who attends; see ``specdec.kernels.launch.uses_triton``.
+        graphs: capture the head's forwards as CUDA graphs where there are any.
 
     Raises:
         ConfigError: an option is outside its rule.
+        RuntimeError: Triton was asked for by name and cannot run on the head's device.
     """
 
     def __init__(
@@ -60,6 +66,8 @@ class EagleDrafter:
         min_gain: float | str = 0.0,
         kv_tokens: int = 65_536,
         max_requests: int = 64,
+        kernels: Backend = "auto",
+        graphs: bool = True,
     ) -> None:
         sizes = (("top_k", top_k), ("depth", depth), ("kv_tokens", kv_tokens), ("max_requests", max_requests))
         for name, value in sizes:
@@ -79,7 +87,12 @@ class EagleDrafter:
             KVPool(
                 [(call.group, call.shape) for call in head.calls], kv_tokens, num_live_requests=max_requests,
                 num_step_tokens=PIECE, dtype=head.dtype, device=head.device,
+                keep_runs=False if uses_triton(kernels, head.device) else None,
             )
+        )  # fmt: skip
+        self._runner = head_runner(
+            self._cache.pool, self._run_head, kernels=kernels, graphs=graphs, max_requests=max_requests,
+            max_tree=top_k * depth, state_width=head.width, name="an EAGLE head",
         )  # fmt: skip
         self._masks: dict[tuple[GroupKey, int], TailMasks] = {}
         self._reader = StateReader(self._cache, head.hidden_layers)
@@ -125,7 +138,8 @@ class EagleDrafter:
         self._reader.release(request_ids)
 
     def _read(self, growths: Sequence[Growth], states: Tensor) -> Tensor:
-        return self._forward(growths, self.head.fuse(states))
+        outputs = self._forward(growths, self.head.fuse(states))
+        return outputs if self._runner is None else outputs.clone()  # the next forward may overwrite a graph's outputs
 
     def _search(self, states: Sequence[RequestState], searches: Sequence[TreeSearch], last: Tensor) -> list[DraftTree]:
         outputs = last  # [rows of the last logits, H]
@@ -152,10 +166,24 @@ class EagleDrafter:
     def _forward(self, growths: Sequence[Growth], inputs: Tensor) -> Tensor:
         """One pass of the head over new rows, whose slots are reserved: [T, H]."""
         layouts, positions = self._cache.lay_out(growths)
+        ids = np.concatenate([growth.token_ids for growth in growths], dtype=np.int64)
+        if self._runner is not None:
+            return self._runner.run(Step(layouts, ids, positions, np.arange(len(ids)), inputs))[0]
         step = StepAttention(
             self._cache.pool, layouts, self._num_query_groups, dtype=self.head.dtype, device=self.head.device,
             masks=self._masks,
         )  # fmt: skip
-        token_ids = torch.from_numpy(np.concatenate([growth.token_ids for growth in growths], dtype=np.int64))
-        where = torch.from_numpy(positions).to(self.head.device)
-        return self.head.forward(token_ids.to(self.head.device), inputs, where, step.attend)
+        token_ids, where = (torch.from_numpy(numbers).to(self.head.device) for numbers in (ids, positions))
+        return self.head.forward(token_ids, inputs, where, step.attend)
+
+    def _run_head(
+        self,
+        step: AttentionStep,
+        input_ids: Tensor,
+        positions: Tensor,
+        logit_rows: Tensor,
+        *,
+        states: Tensor | None = None,
+    ) -> Outputs:
+        assert states is not None
+        return self.head.forward(input_ids, states, positions, step.attend), None  # ``logit_rows`` are all rows

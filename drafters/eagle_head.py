@@ -102,6 +102,11 @@ class EagleHead:
         self._products = Products()
 
     @property
+    def width(self) -> int:
+        """H."""
+        return self.config.hidden_size
+
+    @property
     def hidden_layers(self) -> tuple[int, ...]:
         """States that it reads, as indices into ``output_hidden_states``."""
         return self.config.hidden_layers

@@ -52,6 +52,7 @@ class MtpHead:
     ) -> None:
         self.hidden_layers = (num_layers,)
         self.device, self.dtype = model.device, model.dtype
+        self.width = int(model.config.hidden_size)
         self.weights: Mapping[str, Tensor] = {}  # they are the target's: nobody trains them by themselves
         self._embed, self._project = embed, project
         self._layer: nn.Module = model.layers[0]

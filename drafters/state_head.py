@@ -40,6 +40,10 @@ class StateHead(Protocol):
         """States that it reads, as indices into ``output_hidden_states``."""
 
     @property
+    def width(self) -> int:
+        """H."""
+
+    @property
     def calls(self) -> tuple[HeadCall, ...]:
         """The attention calls of a pass, in order."""
 

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from specdec.adaptive import controller_for, known_costs
 from specdec.chain_target import ChainTarget
 from specdec.config import EngineConfig
+from specdec.device_work import DeviceClock
 from specdec.drafters.checkpoint import DrafterKind, PendingDrafter, kind_in
 from specdec.drafters.committee_loading import committee_kind
 from specdec.drafters.diffusion_loading import load_diffusion
@@ -387,7 +388,7 @@ def build_engine(
         judge = _build_verifier(verifier, Sampler(target.vocab_size, device=model.device, kernels=config.kernels))
         return Engine(
             target, judge, guesser, controller, tokenizer=tokenizer, config=config, observers=observers,
-            on_close=give_back,
+            on_close=give_back, clock=DeviceClock(model.device),
         )  # fmt: skip
     except BaseException:
         give_back()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from specdec.config import EngineConfig
+from specdec.device_work import Clock, DeviceClock
 from specdec.errors import InternalError, RequestError, UnsupportedError
 from specdec.protocols import Controller, Drafter, Observer, TargetModel, Verifier
 from specdec.readings import HiddenStates
@@ -53,6 +54,7 @@ class Engine:
         config: limits.
         observers: see every step.
         on_close: called once by ``close``.
+        clock: of the target's device; None: the wall's.
 
     Raises:
         UnsupportedError: the drafter needs what this target or verifier does not give.
@@ -69,6 +71,7 @@ class Engine:
         config: EngineConfig | None = None,
         observers: Sequence[Observer] = (),
         on_close: Callable[[], None] = lambda: None,
+        clock: Clock | None = None,
     ) -> None:
         wanted = drafter.needs.hidden_layers
         if wanted and wanted != getattr(target, "hidden_layers", ()):
@@ -85,6 +88,7 @@ class Engine:
         self._stops: dict[str, StopChecker] = {}
         self._outbox: list[RequestOutput] = []
         self._on_close = on_close
+        self._clock = clock or DeviceClock(torch.device("cpu"))
 
     def __enter__(self) -> Engine:
         return self
@@ -185,14 +189,17 @@ class Engine:
         chunks = self.scheduler.reserve(parts, trees)
         if not chunks:
             return
+        begin = self._clock.mark()
         output = self.target.forward(chunks)
-        times.append(perf_counter())
+        end = self._clock.mark()
         decoding = _verified([chunk for chunk in chunks if chunk.tree is not None], output)
         results = self._verify(decoding, output)
         times.append(perf_counter())
         emitted = self._commit(chunks, decoding, results, output, outputs)
         times.append(perf_counter())
-        events = _events(decoding, output, results, emitted, times)
+        # Verification has waited for the device, so both marks are behind.
+        target_ms = self._clock.ms(begin, end) if decoding else 0.0
+        events = _events(decoding, output, results, emitted, times, target_ms)
         observers: tuple[Controller | Drafter | Observer, ...] = (self.controller, self.drafter, *self.observers)
         for observer in observers:
             observer.observe(events)
@@ -367,8 +374,11 @@ def _events(
     results: Sequence[VerifyResult],
     emitted: Sequence[IntArray],
     times: Sequence[float],
+    target_ms: float,
 ) -> list[StepEvent]:
-    draft_ms, target_ms, verify_ms, commit_ms = (1e3 * (b - a) for a, b in zip(times, times[1:], strict=False))
+    """Of every request; ``times`` are when drafting began and ended, and when verification and commit ended."""
+    draft_ms, verified_ms, commit_ms = (1e3 * (b - a) for a, b in zip(times, times[1:], strict=False))
+    verify_ms = max(verified_ms - target_ms, 0.0)
     events: list[StepEvent] = []
     for row, (chunk, result, ids) in enumerate(zip(decoding, results, emitted, strict=True)):
         state, tree = chunk.state, chunk.tree

@@ -7,6 +7,7 @@ the same code on buffers of its own size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -20,7 +21,9 @@ from specdec.kernel_attention import KernelAttention
 from specdec.kv_cache import KVPool
 from specdec.step_buffers import Outputs, Step, StepBuffers, StepSizes
 
-__all__ = ["Capture", "Captured", "Forward", "KernelRunner", "capture_cuda_graphs"]
+__all__ = ["Capture", "Captured", "Forward", "KernelRunner", "capture_cuda_graphs", "capture_if_possible"]
+
+logger = logging.getLogger(__name__)
 
 _WORD_BITS = 32
 _COLUMN_STEP = 1024  # eager steps bound the columns by multiples of it: the number of splits stays put
@@ -29,8 +32,19 @@ _COLUMN_STEP = 1024  # eager steps bound the columns by multiples of it: the num
 class Forward(Protocol):
     """The model over one flat row."""
 
-    def __call__(self, step: KernelAttention, input_ids: Tensor, positions: Tensor, logit_rows: Tensor) -> Outputs:
-        """Logits of ``logit_rows`` [L] int64, and the hidden states that somebody reads; the others are [T] int64."""
+    def __call__(
+        self,
+        step: KernelAttention,
+        input_ids: Tensor,
+        positions: Tensor,
+        logit_rows: Tensor,
+        *,
+        states: Tensor | None = None,
+    ) -> Outputs:
+        """Logits of ``logit_rows`` [L] int64, and the hidden states that somebody reads.
+
+        ``input_ids`` and ``positions`` are [T] int64, ``states`` the step's [T, W], if it has any.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +76,7 @@ class KernelRunner:
         is_strict: a token's bits depend on its own path only.
         buckets: numbers of tokens, ascending; none: everything runs eagerly.
         max_earlier: most nodes of earlier forwards of a step, over all its requests, that a bucket has room for.
+        state_width: W of the states that come with every step; 0: none come.
     """
 
     def __init__(
@@ -75,12 +90,14 @@ class KernelRunner:
         is_strict: bool = False,
         buckets: Sequence[int] = (),
         max_earlier: int = 0,
+        state_width: int = 0,
     ) -> None:
         if list(buckets) != sorted(set(buckets)) or (buckets and buckets[0] < 1):
             raise ConfigError(f"buckets must be ascending numbers of tokens from 1 on, got {tuple(buckets)}")
         self._pool = pool
         self._forward = forward
         self._is_strict = is_strict
+        self._state_width = state_width
         self._tables = DeviceTables(pool, 2 * max_batch_size, max_length, device)
         self._sizes = [self._bucket_sizes(tokens, max_batch_size, max_earlier) for tokens in buckets]
         self._captured: dict[int, tuple[StepBuffers, Captured]] = {}  # index into _sizes
@@ -100,7 +117,7 @@ class KernelRunner:
             on_progress: (buckets done, buckets in all).
         """
         for done, index in enumerate(reversed(range(len(self._sizes)))):
-            buffers = StepBuffers(self._sizes[index], self._pool, self._tables)
+            buffers = self._buffers(self._sizes[index])
             self._captured[index] = buffers, capture(lambda buffers=buffers: self._launch(buffers, None))  # type: ignore[misc]
             on_progress(done + 1, len(self._sizes))
 
@@ -115,7 +132,7 @@ class KernelRunner:
         index = next((i for i, sizes in enumerate(self._sizes) if needed.fit_in(sizes)), None)
         if index is None or index not in self._captured:
             self.num_eager += 1
-            buffers = StepBuffers(needed, self._pool, self._tables)
+            buffers = self._buffers(needed)
             buffers.put(step, edits)
             columns = max(layout.num_cached + layout.ancestors.shape[1] for layout in step.layouts)
             return self._launch(buffers, -(-columns // _COLUMN_STEP) * _COLUMN_STEP)
@@ -124,6 +141,9 @@ class KernelRunner:
         buffers.put(step, edits)
         logits, hidden = captured.replay()
         return logits[: needed.num_logits], None if hidden is None else hidden[: needed.num_tokens]
+
+    def _buffers(self, sizes: StepSizes) -> StepBuffers:
+        return StepBuffers(sizes, self._pool, self._tables, state_width=self._state_width)
 
     def _bucket_sizes(self, tokens: int, max_batch_size: int, max_earlier: int) -> StepSizes:
         # What was sent for a step's tree is sent again for its accepted nodes, at most, with the next tree.
@@ -139,7 +159,27 @@ class KernelRunner:
         self._tables.write(on["edit_places"], on["edit_slots"])
         columns = min(max_columns or self._tables.num_columns, self._tables.num_columns)
         step = KernelAttention(self._pool, buffers.batches(columns), buffers.slots(), is_strict=self._is_strict)
-        return self._forward(step, on["input_ids"].long(), on["positions"].long(), on["logit_rows"].long())
+        ids, positions, rows = (on[name].long() for name in ("input_ids", "positions", "logit_rows"))
+        return self._forward(step, ids, positions, rows, states=buffers.states)
+
+
+def capture_if_possible(runner: KernelRunner, device: torch.device, name: str) -> None:
+    """Capture a drafter's forwards where there are CUDA graphs; one that cannot be captured runs eagerly, and says so.
+
+    Args:
+        runner: with buckets.
+        device: of its pool.
+        name: of what runs there, for the warning.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        with torch.inference_mode():
+            runner.capture(capture_cuda_graphs(device))
+    except RuntimeError as error:
+        runner.forget_captured()
+        line = str(error).splitlines()[0]
+        logger.warning("%s cannot be captured as CUDA graphs, its forwards are launched one by one: %s", name, line)
 
 
 def capture_cuda_graphs(device: torch.device) -> Capture:

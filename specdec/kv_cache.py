@@ -260,7 +260,7 @@ class KVPool:
         by_group: dict[GroupKey, dict[int, CallShape]] = {}
         for ordinal, (key, shape) in enumerate(shapes):
             by_group.setdefault(key, {})[ordinal] = shape
-        self.num_tokens = num_tokens
+        self.num_tokens, self.dtype, self.device = num_tokens, dtype, device
         self.group_of_call = [key for key, _ in shapes]
         self.groups: dict[GroupKey, KVGroup] = {}
         for key, calls in by_group.items():

@@ -12,12 +12,13 @@ same tokens, top-p's and min-p's edges apart, where a probability equals the lim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.device_work import HostCopy, start_copy
 from specdec.errors import InternalError
 from specdec.kernels.launch import Backend, uses_triton
 from specdec.kernels.node_laws import Law, NodeLaws
@@ -55,6 +56,7 @@ class Sampler:
         vocab_size: V, the number of columns of the logits.
         device: of the logits.
         kernels: who draws; see ``specdec.kernels.launch.uses_triton``.
+        copy: brings drawn tokens to the host; for tests.
 
     Raises:
         RuntimeError: Triton was asked for by name and cannot run on ``device``.
@@ -67,8 +69,16 @@ class Sampler:
         >>> state.append(ids[:1])
     """
 
-    def __init__(self, vocab_size: int, *, device: torch.device | str = "cpu", kernels: Backend = "auto") -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        device: torch.device | str = "cpu",
+        kernels: Backend = "auto",
+        copy: Callable[[Tensor], HostCopy] = start_copy,
+    ) -> None:
         self.vocab_size = vocab_size
+        self._copy = copy
         self.device = torch.device(device)
         self.has_kernels = uses_triton(kernels, self.device)
         self._live: dict[str, _Live] = {}
@@ -128,22 +138,30 @@ class Sampler:
         Returns:
             [T] int32, in the order of ``output.logits``.
         """
+        return self.launch(states, trees, output)()
+
+    def launch(self, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput) -> HostCopy:
+        """Let the device draw, and start the one copy of a step from the device to the host.
+
+        Returns:
+            Waits for the copy and gives ``target_ids``.
+        """
         live = [self._live[state.request_id] for state in states]
         if self.has_kernels and output.logits.dtype != torch.float64:
             return self._draw_by_kernel(live, NodeBatch(states, trees, self.device), output)
         busy = [request for request, one in enumerate(live) if not one.is_plain]
         if not busy:
             self._check(sum(map(len, trees)), output)
-            return _to_host(_argmax(output.logits))
+            return self._copy(_argmax(output.logits))
         if len(busy) == len(live):
-            return _to_host(self._draw(states, trees, output))
+            return self._copy(self._draw(states, trees, output))
         nodes = NodeBatch(states, trees, self.device)
         self._check(nodes.num_nodes, output)
         rows = nodes.rows(busy)
         some = TargetOutput(output.logits[rows], np.cumsum([0, *(nodes.sizes[r] for r in busy)], dtype=np.int32))
         ids = _argmax(output.logits)
         ids[rows] = self._draw([states[r] for r in busy], [trees[r] for r in busy], some)
-        return _to_host(ids)
+        return self._copy(ids)
 
     def _draw(self, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput) -> Tensor:
         """[T] int64 on the device: greedy requests take the best score, the others draw."""
@@ -162,8 +180,8 @@ class Sampler:
         ids[rows] = gumbel_argmax(scores[rows], row_seeds[chosen], nodes.prefix_lengths[chosen])
         return ids
 
-    def _draw_by_kernel(self, live: Sequence[_Live], nodes: NodeBatch, output: TargetOutput) -> IntArray:
-        """[T] int32 on the host, which waits for the device once."""
+    def _draw_by_kernel(self, live: Sequence[_Live], nodes: NodeBatch, output: TargetOutput) -> HostCopy:
+        """[T] int32."""
         self._check(nodes.num_nodes, output)
         fused = [request for request, one in enumerate(live) if one.law is not None]
         others = [request for request, one in enumerate(live) if one.law is None]
@@ -176,7 +194,7 @@ class Sampler:
             rows, some = nodes.rows(others), nodes.part(others)
             scores = self._processed(some, TargetOutput(output.logits[rows], np.array([*some.starts], dtype=np.int32)))
             ids[rows] = self._launch(scores, [Law(live[request].seed) for request in others], some)
-        return _to_host(ids)
+        return self._copy(ids)
 
     def _launch(self, scores: Tensor, laws: Sequence[Law], nodes: NodeBatch) -> Tensor:
         from specdec.kernels.verify import draw_tokens  # imports Triton, which is not everywhere
@@ -205,12 +223,3 @@ def _argmax(scores: Tensor) -> Tensor:
     if scores.is_cpu and scores.dtype == torch.float32:
         return torch.from_numpy(scores.numpy().argmax(axis=-1))
     return scores.argmax(dim=-1)
-
-
-def _to_host(ids: Tensor) -> IntArray:
-    if not ids.is_cuda:
-        return ids.to("cpu", torch.int32).numpy()
-    on_host = torch.empty(ids.shape, dtype=torch.int32, pin_memory=True)  # from torch's cache of such memory
-    on_host.copy_(ids, non_blocking=True)
-    torch.cuda.current_stream(ids.device).synchronize()
-    return on_host.numpy()

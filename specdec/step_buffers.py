@@ -67,12 +67,14 @@ class Step:
         input_ids: [T].
         positions: [T] absolute.
         logit_rows: [L] indices in the flat row.
+        states: [T, W] on the device: what a head reads of every token besides its id.
     """
 
     layouts: Sequence[QueryLayout]
     input_ids: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
     logit_rows: npt.NDArray[np.int64]
+    states: Tensor | None = None
 
     def sizes(self, num_edits: int, *, has_paths: bool) -> StepSizes:
         """The least that holds it."""
@@ -91,10 +93,14 @@ class StepBuffers:
         sizes: what it holds.
         pool: whose tables it describes.
         tables: the device's copies of them.
+        state_width: W of a step's states, which lie in ``states`` [T, W] in the pool's dtype; 0: it has none.
     """
 
-    def __init__(self, sizes: StepSizes, pool: KVPool, tables: DeviceTables) -> None:
+    def __init__(self, sizes: StepSizes, pool: KVPool, tables: DeviceTables, *, state_width: int = 0) -> None:
         self.sizes = sizes
+        self.states: Tensor | None = None
+        if state_width:
+            self.states = torch.zeros(sizes.num_tokens, state_width, dtype=pool.dtype, device=tables.device)
         self.pool = pool
         self.tables = tables
         num_groups = len(pool.groups)
@@ -133,6 +139,8 @@ class StepBuffers:
         Raises:
             InternalError: it does not fit.
         """
+        if (step.states is None) != (self.states is None):
+            raise InternalError("a step's states must come with buffers for them")
         if not step.sizes(len(edits[0]), has_paths=self.sizes.path_length > 0).fit_in(self.sizes):
             raise InternalError("a step was put into buffers that are too small for it")
         if self._sent is not None:
@@ -145,6 +153,8 @@ class StepBuffers:
         for cumulated in counts:
             cumulated[len(step.layouts) + 1 :] = cumulated[len(step.layouts)]
         self._device.copy_(self._host, non_blocking=True)
+        if self.states is not None and step.states is not None:
+            self.states[: len(step.states)].copy_(step.states)  # on the device; fillers read what lay there before
         if self._sent is not None:
             self._sent.record()
 

@@ -19,6 +19,7 @@ from specdec.attention import IMPLEMENTATION, AttentionStep, StepAttention, Tail
 from specdec.early_exit import EarlyExit, Pruning
 from specdec.errors import ConfigError, InternalError, UnsupportedError
 from specdec.flat_batch import flatten, warm_up
+from specdec.hidden_taps import HiddenTaps
 from specdec.kernels.launch import Backend, uses_triton
 from specdec.kv_cache import CallShape, GroupKey, Keep, KVPool
 from specdec.prefix_cache import PrefixCache
@@ -67,6 +68,7 @@ class TreeTarget:
         num_successors: likeliest next tokens that drafters read after prefix tokens; 0: none, and none are scored.
         kernels: who attends; see ``specdec.kernels.launch.uses_triton``.
         buckets: numbers of tokens whose forwards are captured by ``capture_graphs``; none: nothing is.
+        max_earlier: nodes of earlier forwards of a step that a captured one has room for, for trees that grow.
 
     Raises:
         ConfigError: a size is below 1, the model is in training mode, or in a dtype that Triton was asked for by name
@@ -92,6 +94,7 @@ class TreeTarget:
         num_successors: int = 0,
         kernels: Backend = "auto",
         buckets: Sequence[int] = (),
+        max_earlier: int = 0,
     ) -> None:
         if model.training:
             raise ConfigError("the model must be in evaluation mode: call model.eval() first, or dropout would act")
@@ -134,11 +137,13 @@ class TreeTarget:
             self.runner = KernelRunner(
                 self.pool, self._forward, max_length=max_length + self.max_draft_tokens + 1,
                 max_batch_size=max_batch_size, device=self.device, is_strict=is_strict, buckets=buckets,
+                max_earlier=max_earlier,
             )  # fmt: skip
         self._num_query_groups = [c.num_query_heads // c.num_kv_heads for c in calls]
         self._masks: dict[tuple[GroupKey, int], TailMasks] = {}
         accepted = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in accepted
+        self._taps = HiddenTaps.of(model, self.hidden_layers) if self.hidden_layers else None
         # A ready 4-D mask goes through every mask builder untouched; without one, each forward looks for packed
         # sequences in the position ids, which costs a synchronisation.
         self._dummy_mask = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=self.device)
@@ -280,13 +285,20 @@ class TreeTarget:
             return self._forward(step, ids, places, rows)
 
     def _forward(
-        self, step: AttentionStep, input_ids: torch.Tensor, positions: torch.Tensor, logit_rows: torch.Tensor
+        self,
+        step: AttentionStep,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        logit_rows: torch.Tensor,
+        *,
+        states: torch.Tensor | None = None,
     ) -> Outputs:
-        """The model over one flat row [T] of tokens; see ``run``."""
+        """The model over one flat row [T] of tokens; see ``run``. It reads no ``states``."""
         options: dict[str, Any] = {"logits_to_keep": logit_rows} if self._keeps_logits else {}
-        if self.hidden_layers:
+        taking = self._taps.taking() if self._taps is not None else nullcontext()
+        if self.hidden_layers and self._taps is None:
             options["output_hidden_states"] = True
-        with active(step), self._our_attention(), self._operations:
+        with active(step), self._our_attention(), self._operations, taking as taken:
             out = self.model(
                 input_ids=input_ids[None],
                 position_ids=positions[None],
@@ -299,6 +311,8 @@ class TreeTarget:
         logits: torch.Tensor = out.logits[0] if self._keeps_logits else out.logits[0, logit_rows]
         if not self.hidden_layers:
             return logits, None
+        if taken is not None:
+            return logits, taken.rows
         if not out.hidden_states or max(self.hidden_layers) >= len(out.hidden_states):
             num_states = len(out.hidden_states or ())
             raise InternalError(f"states {self.hidden_layers} were asked for, the model gives {num_states}")

@@ -17,7 +17,7 @@ PACKAGES = ("specdec", "drafters", "suffix_tree", "verifier", "kernels", "online
 
 LAYERS = [
     "specdec.errors specdec.memory specdec.threads specdec.philox specdec.rng specdec.suffix_tree.* specdec.kernels.*",
-    "specdec.tree specdec.readings specdec.types",
+    "specdec.tree specdec.readings specdec.types specdec.device_work",
     "specdec.protocols specdec.config specdec.sampling specdec.processors.* specdec.stopping specdec.rope specdec.text"
     " specdec.cost_model specdec.cost_measure specdec.controller_floor specdec.draft_turns specdec.step_budget",
     "specdec.verifier.* specdec.drafters.* specdec.mask_laws specdec.probe specdec.kv_slots specdec.kv_cache"
@@ -26,7 +26,7 @@ LAYERS = [
     " specdec.strict_operations specdec.flat_batch specdec.ranks"
     " specdec.attention specdec.early_exit specdec.tree_target specdec.chain_target specdec.plain_target"
     " specdec.row_forward specdec.reference specdec.self_test specdec.routes specdec.controller specdec.trace"
-    " specdec.controller_adaptive specdec.toy specdec.apd specdec.self_speculation",
+    " specdec.hidden_taps specdec.controller_adaptive specdec.toy specdec.apd specdec.self_speculation",
     "specdec.scheduler specdec.engine specdec.halves",
     "specdec.online_training.*",
     "specdec.adaptive specdec.build",

@@ -12,8 +12,8 @@ This module does not draw: see `specdec.sampling`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numba import njit
@@ -22,7 +22,7 @@ from specdec.errors import InternalError
 from specdec.protocols import Draws
 from specdec.types import DraftTree, IntArray, RequestState, TargetOutput, VerifyResult
 
-__all__ = ["MatchVerifier", "TargetSampler", "match_walk"]
+__all__ = ["LaunchingSampler", "MatchVerifier", "TargetSampler", "match_walk"]
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -87,6 +87,16 @@ class TargetSampler(Protocol):
         """Forget requests."""
 
 
+@runtime_checkable
+class LaunchingSampler(TargetSampler, Protocol):
+    """A sampler on a device that works on its own."""
+
+    def launch(
+        self, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput
+    ) -> Callable[[], IntArray]:
+        """Start to draw; what is returned waits for ``target_ids``."""
+
+
 class MatchVerifier:
     """Keeps of each tree the path that the target would have written itself (`specdec.protocols.Verifier`).
 
@@ -108,11 +118,14 @@ class MatchVerifier:
     ) -> list[VerifyResult]:
         if not trees:
             return []
-        target_ids = self._sampler.target_ids(states, trees, output)
+        sampler = self._sampler
+        launched = sampler.launch(states, trees, output) if isinstance(sampler, LaunchingSampler) else None
+        # From here to the wait the host works while the device does.
         token_ids = np.concatenate([tree.token_ids for tree in trees])  # [T]
         parents = np.concatenate([tree.parents for tree in trees])  # [T]
         # The walk runs without bounds checks, so its lengths must agree before it starts.
         num_nodes, num_trees = int(output.cu_nodes[-1]), len(output.cu_nodes) - 1
+        target_ids = launched() if launched is not None else sampler.target_ids(states, trees, output)
         if not len(target_ids) == len(token_ids) == len(parents) == num_nodes or len(trees) != num_trees:
             raise InternalError(
                 f"the target scored {num_nodes} nodes of {num_trees} trees, the sampler drew {len(target_ids)} tokens, "

@@ -10,10 +10,11 @@ import torch
 
 from specdec.build import build_engine
 from specdec.check.controls import CarelessVerifier
+from specdec.device_work import HostCopy, start_copy
 from specdec.engine import Engine
 from specdec.rng import gumbel
 from specdec.sampling import Sampler
-from specdec.types import Chunk, DraftTree, IntArray, RequestState, TargetOutput
+from specdec.types import Chunk, DraftTree, RequestState, TargetOutput
 from specdec.verifier.match import MatchVerifier
 
 
@@ -55,16 +56,16 @@ class _OddSampler(Sampler):
         self._factor = factor
         self._keys_by_node = keys_by_node
 
-    def target_ids(self, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput) -> IntArray:
+    def launch(self, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput) -> HostCopy:
         if all(state.request.sampling.is_greedy for state in states):
-            return super().target_ids(states, trees, output)
+            return super().launch(states, trees, output)
         sizes = [len(tree) for tree in trees]
         seeds = np.repeat([state.request.sampling.seed for state in states], sizes)
         offsets = [np.arange(len(tree)) if self._keys_by_node else tree.depths() for tree in trees]
         positions = np.repeat([state.num_tokens for state in states], sizes) + np.concatenate(offsets)
         noise = gumbel(seeds, positions, self.vocab_size, device="cpu")
         scores = self._factor * self.scores(states, trees, output)
-        return (scores + noise).argmax(dim=-1).numpy().astype(np.int32)
+        return start_copy((scores + noise).argmax(dim=-1))
 
 
 def key_noise_by_node(engine: Engine) -> None:

@@ -26,7 +26,7 @@ endif
 
 PYTEST := $(PY) -m pytest
 
-.PHONY: help demo test test-slow test-gpu check format docs bench clean
+.PHONY: help demo test test-slow test-gpu gpu check format docs bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,11 @@ test-slow: $(DEV_READY)  ## the tests that take longer than a minute each
 
 test-gpu: $(DEV_READY)  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu $(ARGS)
+
+# Below nine minutes: the kernels' tests first, but at most 100 seconds of them; the benchmark then repeats the longest.
+gpu: $(DEV_READY)  ## everything that only a CUDA device can show: tests, then the benchmark into bench/results/gpu.json
+	timeout 100 $(PYTEST) -m gpu -k "not differs_nowhere" $(ARGS) || echo "tests failed or had no time: see above"
+	$(PY) -m specdec bench --gpu --out bench/results/gpu.json --seconds 400
 
 check: $(DEV_READY)  ## format, lint, types, spelling, import rules
 	$(PY) -m ruff format --check .

@@ -2,9 +2,11 @@
 
     specdec bench --gpu --out bench/results/gpu.json
 
-The parts run one after the other, the most telling first, until the time is up; a part that fails leaves its error in
-the result and the others run. ``--tiny`` runs all of it at toy sizes, on a CPU in Triton's interpreter if need be
-(``TRITON_INTERPRET=1``): its figures mean nothing, but a mistake in a benchmark shows before a GPU is there.
+The parts run one after the other, the quick and telling ones first. Each has a share of the time (``SECONDS``) and
+leaves out what does not fit, by name; the result is written anew after every part, so that what was measured is kept
+whatever happens; a part that fails leaves its error there and the others run. ``--tiny`` runs all of it at toy sizes,
+on a CPU in Triton's interpreter if need be (``TRITON_INTERPRET=1``): its figures mean nothing, but a mistake in a
+benchmark shows before a GPU is there.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from specdec.routes import Route, choose_route
 from specdec.step_buffers import BUCKETS
 from specdec.tree_target import TreeTarget
 
-__all__ = ["FULL", "PARTS", "TINY", "Scale", "run_gpu_bench"]
+__all__ = ["FULL", "PARTS", "SECONDS", "TINY", "Scale", "run_gpu_bench"]
 
 # Bars of the verdict: name -> (least, most), None where there is no such bound.
 _BARS: Mapping[str, tuple[float | None, float | None]] = {
@@ -61,7 +63,7 @@ class Scale:
         verify_nodes: draft tokens of the verify step.
         sizes: tokens of the cost curve's steps.
         curve_contexts: of the cost curve.
-        strict: (requests, tokens each).
+        strict: (requests, tokens each, tokens of the shortest prompt).
         new_tokens: of the timed runs.
         repeats: of every timing.
     """
@@ -79,22 +81,22 @@ class Scale:
     verify_nodes: int
     sizes: tuple[int, ...]
     curve_contexts: tuple[int, ...]
-    strict: tuple[int, int]
+    strict: tuple[int, int, int]
     new_tokens: int
     repeats: int
 
 
 FULL = Scale(
     "llama-3-8b", "qwen2.5-0.5b", torch.bfloat16, 2**32, (32, 8, 128), (1, 8), (4096, 32_768, 131_072), 64,
-    (8, 151_936), 2048, 32, BUCKETS, (512, 2048, 8192, 32_768), (40, 250), 32, 20,
+    (8, 151_936), 2048, 32, BUCKETS, (512, 2048, 8192, 32_768), (40, 250, 24), 32, 20,
 )  # fmt: skip
 _TINY_SHAPE = {
     "model_type": "llama", "vocab_size": 97, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
     "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,
 }  # fmt: skip
 TINY = Scale(
-    _TINY_SHAPE, _TINY_SHAPE, torch.float32, 2**12, (4, 2, 16), (1, 2), (20,), 3, (2, 50), 8, 2, (1, 3), (8,), (2, 3),
-    2, 1,
+    _TINY_SHAPE, _TINY_SHAPE, torch.float32, 2**12, (2, 1, 16), (1,), (20,), 2, (1, 50), 4, 2, (1, 3), (4,),
+    (1, 2, 3), 1, 1,
 )  # fmt: skip
 
 
@@ -106,6 +108,15 @@ class _Bench:
         self.clock = Clock(device, repeats=scale.repeats)
         self.device = device
         self.read_gb_per_s = self.clock.read_gb_per_s(scale.read_bytes)
+        self.ends_at = float("inf")  # of the part that runs
+        self.left_out: list[str] = []
+
+    def has_time(self, what: str) -> bool:
+        """False if the part's time is up: ``what`` is then left out, and the result says so."""
+        if perf_counter() < self.ends_at:
+            return True
+        self.left_out.append(what)
+        return False
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -141,7 +152,18 @@ def _attention(bench: _Bench) -> list[dict[str, Any]]:
         )
         for context in scale.attention_contexts
         for batch in scale.batches
+        if bench.has_time(f"attention, {batch} x {context}")
     ]  # fmt: skip
+
+
+def _prefill(bench: _Bench) -> list[dict[str, Any]]:
+    scale = bench.scale
+    return [
+        gpu_kernels.prefill(
+            bench.clock, context=context, num_tokens=8 * scale.nodes, heads=scale.heads, dtype=scale.dtype
+        )
+        for context in (0, scale.context)
+    ]
 
 
 def _verify(bench: _Bench) -> dict[str, Any]:
@@ -178,11 +200,12 @@ def _steps(bench: _Bench) -> dict[str, Any]:
             "graph_bytes": target.runner.graph_bytes if target.runner is not None else 0,
         }  # fmt: skip
         row["engine"] = gpu_target.idle_us(engine, bench.clock, context=scale.context, num_new=4 * scale.new_tokens)
-        curve = gpu_target.curve(timer, sizes=scale.sizes, contexts=scale.curve_contexts)
-    row["curve"] = curve
-    row["generate_step_ms"] = gpu_target.generate_ms(
-        model, bench.clock, context=scale.context, num_new=scale.new_tokens
-    )
+        contexts = [context for context in scale.curve_contexts if bench.has_time(f"cost curve at {context}")]
+        row["curve"] = gpu_target.curve(timer, sizes=scale.sizes, contexts=contexts)
+    if bench.has_time("generate"):
+        row["generate_step_ms"] = gpu_target.generate_ms(
+            model, bench.clock, context=scale.context, num_new=scale.new_tokens
+        )
     return row
 
 
@@ -200,21 +223,29 @@ def _eager(bench: _Bench) -> dict[str, Any]:
 
 def _strict(bench: _Bench) -> dict[str, Any]:
     model = bench.make(bench.scale.strict_shape)
-    num_requests, num_new = bench.scale.strict
-    max_length = 32 + 5 * num_requests + num_new
+    num_requests, num_new, num_prompt = bench.scale.strict
+    max_length = num_prompt + 8 + 5 * num_requests + num_new
     route = choose_route(model, max_length=max_length, self_test=False)
     options = bench.options(max_length=max_length, max_batch_size=16, kv_tokens=max(16 * max_length, 200), route=route)
-    return gpu_target.strict(model, bench.clock, num_requests=num_requests, num_new=num_new, options=options)
+    return gpu_target.strict(
+        model, bench.clock, num_requests=num_requests, num_new=num_new, num_prompt=num_prompt, options=options,
+        has_time=bench.has_time,
+    )  # fmt: skip
 
 
 PARTS: Mapping[str, Callable[[_Bench], Any]] = {
     "verify": _verify,
     "commit": _commit,
     "attention": _attention,
+    "prefill": _prefill,
     "steps": _steps,
     "steps_without_graphs": _eager,
     "strict": _strict,
 }
+# What a part may take, estimated for an H100: making 8B random weights and capturing 14 graphs is most of the steps'.
+SECONDS: Mapping[str, float] = {
+    "verify": 30, "commit": 5, "attention": 95, "prefill": 5, "steps": 150, "steps_without_graphs": 25, "strict": 110,
+}  # fmt: skip
 
 
 def run_gpu_bench(
@@ -222,8 +253,9 @@ def run_gpu_bench(
     device: torch.device,
     *,
     parts: Sequence[str] = tuple(PARTS),
-    seconds: float = 500.0,
+    seconds: float = 420.0,
     on_progress: Callable[[str], None] = lambda what: None,
+    on_result: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Run the parts that fit into the time.
 
@@ -231,29 +263,38 @@ def run_gpu_bench(
         scale: ``FULL`` or ``TINY``.
         device: a CUDA device, or for ``TINY`` the CPU.
         parts: of ``PARTS``.
-        seconds: no part begins after that.
+        seconds: for all parts.
         on_progress: told what begins.
+        on_result: given what there is after every part.
 
     Returns:
-        The parts' results, their errors and seconds, and each bar with its figure: ready for ``write_json``.
+        The parts' results, their errors and seconds, what was left out, and each bar with its figure: ready for
+        ``write_json``.
     """
     begin = perf_counter()
     bench = _Bench(scale, device)
     results: dict[str, Any] = {"what": "bars of the GPU path", "read_gb_per_s": bench.read_gb_per_s}
     errors: dict[str, str] = {}
     took: dict[str, float] = {}
+    report: dict[str, Any] = {}
     for name in parts:
         start = perf_counter()
-        if start - begin > seconds:
+        left = begin + seconds - start
+        if left < 0:
             errors[name] = f"did not begin: {seconds:.0f} s were over"
-            continue
-        on_progress(name)
-        try:
-            results[name] = PARTS[name](bench)
-        except Exception:  # noqa: BLE001  -- the other parts' figures are worth having
-            errors[name] = traceback.format_exc(limit=-4)
-        took[name] = perf_counter() - start
-    return {**results, "errors": errors, "seconds": took, "bars": _judged(results)}
+        else:
+            on_progress(name)
+            bench.ends_at = start + min(left, SECONDS.get(name, left))
+            try:
+                results[name] = PARTS[name](bench)
+            except Exception:  # noqa: BLE001  -- the other parts' figures are worth having
+                errors[name] = traceback.format_exc(limit=-4)
+            took[name] = perf_counter() - start
+        report = {
+            **results, "errors": errors, "seconds": took, "left_out": bench.left_out, "bars": _judged(results),
+        }  # fmt: skip
+        on_result(report)
+    return report
 
 
 def _judged(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -271,7 +312,8 @@ def _figures(results: Mapping[str, Any]) -> dict[str, float]:
     if steps := results.get("steps"):
         found["verify step over reading the weights"] = steps["verify_step_ms"] / steps["read_weights_ms"]
         found["verify step over plain step"] = steps["verify_step_ms"] / steps["plain_step_ms"]
-        found["plain step faster than generate"] = steps["generate_step_ms"] / steps["engine"]["step_ms"]
+        if "generate_step_ms" in steps:
+            found["plain step faster than generate"] = steps["generate_step_ms"] / steps["engine"]["step_ms"]
         found["idle between steps, us"] = steps["engine"]["idle_us"]
     if rows := results.get("attention"):
         found["attention, least share of read bandwidth"] = min(row["share_of_read_bandwidth"] for row in rows)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from specdec.bench.gpu_clock import Clock
@@ -18,13 +19,15 @@ from specdec.kernels.tree_attention import AttentionKind, tree_attention
 from specdec.kernels.tree_batch import TreeBatch, ancestor_words, path_table
 from specdec.kernels.verify import verify_trees
 
-__all__ = ["attention", "attention_batch", "commit", "verify"]
+__all__ = ["attention", "attention_batch", "commit", "prefill", "verify"]
 
 
 def attention_batch(
-    num_requests: int, num_nodes: int, context: int, device: torch.device, *, seed: int = 0
+    num_requests: int, num_nodes: int, context: int, device: torch.device, *, seed: int = 0, reach: int = 6
 ) -> tuple[TreeBatch, list[Any]]:
     """Requests of one size with random trees, their slots all over the cache.
+
+    A node's parent is one of the ``reach`` nodes before it: with 1 the trees are chains.
 
     Returns:
         The batch on the device, and each request's ancestor matrix [N, N].
@@ -34,7 +37,7 @@ def attention_batch(
     for _ in range(num_requests):
         matrix, depth = np.eye(num_nodes, dtype=np.bool_), np.zeros(num_nodes, dtype=np.int32)
         for node in range(1, num_nodes):
-            parent = int(rng.integers(max(0, node - 6), node))
+            parent = int(rng.integers(max(0, node - reach), node))
             matrix[node] |= matrix[parent]
             depth[node] = depth[parent] + 1
         matrices.append(matrix)
@@ -100,6 +103,33 @@ def attention(
         for name, peer in _peers(q, k, v, visible, context).items():
             row[name] = _peer_row(clock, peer, ours(), row["ms"])
     return row
+
+
+def prefill(
+    clock: Clock, *, context: int, num_tokens: int, heads: tuple[int, int, int], dtype: torch.dtype
+) -> dict[str, Any]:
+    """One layer's attention of a prompt chunk: our kernel in place, against gathering K and V for torch's own.
+
+    The engine runs chunks by the kernel; where "torch_is_faster_by" is well above 1 on a device, that is the wrong way.
+    """
+    num_heads, num_kv, width = heads
+    batch, _ = attention_batch(1, num_tokens, context, clock.device, reach=1)
+    query = torch.randn(num_tokens, num_heads, width, device=clock.device, dtype=dtype)
+    keys, values = (torch.randn(context + num_tokens, num_kv, width, device=clock.device, dtype=dtype) for _ in "kv")
+    kind, slots = AttentionKind(scale=width**-0.5), batch.slots[0].long()
+    visible = causal_lower_right(num_tokens, context + num_tokens)
+
+    def ours() -> Tensor:
+        return tree_attention(query, keys, values, batch, kind, backend="triton")
+
+    def by_torch() -> Tensor:
+        k, v = (x[slots].transpose(0, 1)[None].repeat_interleave(num_heads // num_kv, 1) for x in (keys, values))
+        return scaled_dot_product_attention(query.transpose(0, 1)[None], k, v, attn_mask=visible)
+
+    difference = (ours() - by_torch()[0].transpose(0, 1)).abs().max()
+    row = {"context": context, "tokens": num_tokens, "max_difference": float(difference)}
+    row |= {"ms": clock.median(ours), "torch_ms": clock.median(by_torch)}
+    return {**row, "torch_is_faster_by": row["ms"] / row["torch_ms"]}
 
 
 def _peer_row(clock: Clock, peer: Callable[[], Tensor], ours: Tensor, our_ms: float) -> dict[str, Any]:

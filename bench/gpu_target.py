@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,20 +131,34 @@ def _between(clock: Clock, first: Any, second: Any) -> float:
     return 1e3 * float(first.elapsed_time(second)) if clock.is_cuda else 1e6 * (second - first)
 
 
-def strict(model: Any, clock: Clock, *, num_requests: int, num_new: int, options: Mapping[str, Any]) -> dict[str, Any]:
+def strict(
+    model: Any,
+    clock: Clock,
+    *,
+    num_requests: int,
+    num_new: int,
+    num_prompt: int,
+    options: Mapping[str, Any],
+    has_time: Callable[[str], bool] = lambda what: True,
+) -> dict[str, Any]:
     """Plain against speculative decoding in strict and default numerics, greedy and sampled.
 
-    Drafts are random trees with pieces of the plain output in them, so that all lengths are accepted.
+    Drafts are random trees with pieces of the plain output in them, so that all lengths are accepted. Prompts have
+    ``num_prompt`` tokens and more; comparisons for which there is no time are left out.
 
     Returns:
         For each numerics and temperature: compared tokens, those before and at the first difference of their request,
         requests that differ, and seconds of both; with default numerics the differences are its near ties.
     """
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(3, model.config.vocab_size, 24 + 5 * i).astype(np.int32) for i in range(num_requests)]
+    prompts = [
+        rng.integers(3, model.config.vocab_size, num_prompt + 5 * i).astype(np.int32) for i in range(num_requests)
+    ]
     found: dict[str, Any] = {}
     for numerics in ("strict", "default"):
         for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+            if not has_time(f"{numerics}, {name}"):
+                continue
             params = [
                 SamplingParams(max_new_tokens=num_new, temperature=temperature, seed=i) for i in range(num_requests)
             ]

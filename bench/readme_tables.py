@@ -174,6 +174,21 @@ def _step_sizes(root: Path) -> str:
     return "\n".join(rows) + "\n"
 
 
+def _compile_speed(root: Path) -> str:
+    result = _load(root, "compile_speed")
+    rows = ["| dtype | weights | one token | compiled | compiled is faster by (range) |", "|---|---|---|---|---|"]
+    for dtype, found in result["results"].items():
+        for name in ("dense", "packed"):
+            times, gain = found["step_ms"], found["compiled_is_faster_by"].get(name)
+            usual = f"| {dtype} | {name} | {times[name]['median']:.1f} ms |"
+            if gain is None:
+                rows.append(f"{usual} cannot be | |")
+            else:
+                ms = times[f"{name}, compiled"]["median"]
+                rows.append(f"{usual} {ms:.1f} ms | {gain['median']:.2f} ({gain['min']:.2f} to {gain['max']:.2f}) |")
+    return "\n".join(rows) + "\n\n" + _source("compile_speed", result, link=_FROM_DOCS)
+
+
 def _of_bench(make: Callable[..., str], *names: str, link: str = _FROM_DOCS, **options: Any) -> Any:
     return lambda root: make(root / _RESULTS, *names, link=link, **options)
 
@@ -325,6 +340,7 @@ _TABLES: Mapping[str, Callable[[Path], str]] = {
     "plain_speed": _plain_speed,
     "retrieval": _retrieval,
     "packed_speed": _packed_speed,
+    "compile_speed": _compile_speed,
     "step_sizes": _step_sizes,
     "replay": _of_bench(replay_table, *_REPLAYS, link=str(_RESULTS), by_source=False),
     "replay_by_source": _of_bench(replay_table, *_REPLAYS, by_source=True),

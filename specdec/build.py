@@ -34,6 +34,7 @@ from specdec.kernels.launch import uses_triton
 from specdec.memory import free_bytes
 from specdec.online_training.registry_kind import registry_kind
 from specdec.packed_linear import pack_linears, packing_obstacle, unpack_linears
+from specdec.placement import device_of
 from specdec.plain_target import PlainTarget
 from specdec.protocols import Controller, Drafter, Draws, Observer, TargetModel, Verifier
 from specdec.ranks import AgreedController, from_rank_0, is_spread
@@ -216,7 +217,7 @@ def build_target(
         UnsupportedError: no path can serve this model, or not with hidden states.
     """
     max_length = config.max_length or model_max_length(model)
-    _require_one_device(model)
+    device = device_of(model)
     route = route or choose_route(model, max_length=max_length, kernels=config.kernels)
     if route.kind == "refused":
         raise UnsupportedError(f"{type(model).__name__} cannot be served: {' '.join(route.reasons)}")
@@ -224,13 +225,13 @@ def build_target(
         raise UnsupportedError(f"the drafter reads hidden states, which need the tree path: {' '.join(route.reasons)}")
     num_drafts = _MAX_CHAIN if route.can_draft else 0
     if config.numerics == "strict":
-        require_strict_path(route, by_kernels=uses_triton(config.kernels, model.device))
+        require_strict_path(route, by_kernels=uses_triton(config.kernels, device))
     if config.kernels == "triton" and route.kind != "tree":
         raise UnsupportedError(f'kernels="triton" needs the tree path, but this model takes the {route.kind} path')
     if route.kind == "plain":
         return PlainTarget(model, max_length=max_length, max_draft_tokens=num_drafts)
     per_token = kv_bytes_per_token(route.calls, model.dtype)
-    kv_tokens = _kv_tokens(per_token, model.device, config, max_length)
+    kv_tokens = _kv_tokens(per_token, device, config, max_length)
     kv_tokens = from_rank_0(kv_tokens) if is_spread(model) else kv_tokens
     if route.kind == "chain":
         return ChainTarget(model, kv_tokens=kv_tokens, max_length=max_length, max_draft_tokens=num_drafts)
@@ -276,7 +277,7 @@ def may_pack(model: PreTrainedModel, config: EngineConfig) -> bool:
     Raises:
         ConfigError: ``packed=True`` for a model that cannot be packed.
     """
-    if config.numerics == "strict" and uses_triton(config.kernels, model.device):
+    if config.numerics == "strict" and uses_triton(config.kernels, device_of(model)):
         if config.packed is True:
             raise ConfigError(
                 "packed=True is for strict numerics by torch; by Triton kernels the weights stay as they are"
@@ -294,10 +295,6 @@ def may_pack(model: PreTrainedModel, config: EngineConfig) -> bool:
     return obstacle is None
 
 
-def _require_one_device(model: PreTrainedModel) -> None:
-    devices = sorted({str(parameter.device) for parameter in model.parameters()})
-    if len(devices) > 1:
-        raise UnsupportedError(f"all parameters of the model must be on one device, got {', '.join(devices)}")
 
 
 def _kv_tokens(bytes_per_token: int, device: torch.device, config: EngineConfig, max_length: int) -> int:
@@ -353,8 +350,9 @@ def build_engine(
         UnsupportedError: the model cannot be served, or the verifier cannot judge what the drafter guesses.
     """
     config = EngineConfig.of(**options)
+    device = device_of(model)
     is_packed = may_pack(model, config)
-    if model.device.type == "cpu":
+    if device.type == "cpu":
         warn_of_threads(torch.get_num_threads())
     if verifier not in VERIFIERS:
         raise ConfigError(f"verifier must be one of {', '.join(VERIFIERS)}, got {verifier!r}")
@@ -385,10 +383,10 @@ def build_engine(
         for notice in frozen.notices:
             logger.warning("%s", notice)
         on_close += known_costs(controller, model, target, config, is_packed=is_packed)
-        judge = _build_verifier(verifier, Sampler(target.vocab_size, device=model.device, kernels=config.kernels))
+        judge = _build_verifier(verifier, Sampler(target.vocab_size, device=device, kernels=config.kernels))
         return Engine(
             target, judge, guesser, controller, tokenizer=tokenizer, config=config, observers=observers,
-            on_close=give_back, clock=DeviceClock(model.device),
+            on_close=give_back, clock=DeviceClock(device),
         )  # fmt: skip
     except BaseException:
         give_back()

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from specdec.placement import device_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -44,7 +46,7 @@ class HiddenTaps:
         if body is None or not isinstance(stack, nn.ModuleList) or max(layers) > len(stack):
             return None
         taps = cls(body, list(stack), layers)
-        ids = torch.arange(3, device=model.device)[None] % model.config.get_text_config().vocab_size
+        ids = torch.arange(3, device=device_of(model))[None] % model.config.get_text_config().vocab_size
         with torch.inference_mode(), taps.taking() as taken:
             out = model(input_ids=ids, output_hidden_states=True, use_cache=False)
         states = out.hidden_states

@@ -25,8 +25,9 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from specdec.errors import UnsupportedError
 from specdec.mask_laws import MaskKind, MaskPredicate, classify
+from specdec.placement import device_of
 
-__all__ = ["CallSpec", "MaskKind", "attention_implementation", "forward_inputs", "input_device", "probe"]
+__all__ = ["CallSpec", "MaskKind", "attention_implementation", "forward_inputs", "probe"]
 
 _NAME = "specdec_probe"
 _NUM_TOKENS = 4
@@ -218,11 +219,6 @@ def forward_inputs(model: nn.Module) -> frozenset[str]:
     return frozenset(p.name for p in parameters if p.kind not in variadic)
 
 
-def input_device(model: nn.Module) -> torch.device:
-    """The device that ``input_ids`` must be on: where the first parameter (the embedding) lives."""
-    return next(model.parameters()).device
-
-
 def probe(model: nn.Module, *, limit: int = 1 << 18) -> tuple[CallSpec, ...]:
     """What every attention call of ``model`` is like, in the order of the calls of one forward.
 
@@ -240,7 +236,7 @@ def probe(model: nn.Module, *, limit: int = 1 << 18) -> tuple[CallSpec, ...]:
     if limit < 2:
         raise ValueError(f"limit must be >= 2, got {limit}")
     accepted = forward_inputs(model)
-    device = input_device(model)
+    device = device_of(model)
     tokens = {
         "input_ids": torch.arange(3, 3 + _NUM_TOKENS, device=device)[None],
         "attention_mask": torch.ones(1, _NUM_TOKENS, dtype=torch.long, device=device),

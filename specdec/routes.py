@@ -24,6 +24,7 @@ from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWin
 from specdec.chain_target import ChainTarget
 from specdec.errors import ConfigError, UnsupportedError
 from specdec.kernels.launch import Backend
+from specdec.placement import device_of, is_offloaded
 from specdec.probe import CallSpec, probe
 from specdec.protocols import TargetModel
 from specdec.reference import Reference
@@ -106,7 +107,7 @@ def choose_route(
     """
     if model.training:
         raise ConfigError(f"{type(model).__name__} is in training mode, where dropout is random: call model.eval()")
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if any(parameter.is_meta for parameter in model.parameters()) and not is_offloaded(model):
         raise ConfigError(f"{type(model).__name__} has parameters on the meta device: load its weights first")
     refusal = _refusal(model)
     if refusal is not None:
@@ -172,6 +173,10 @@ def _refusal(model: Any) -> str | None:
         return f"{name} is an encoder-decoder; specdec serves decoder-only language models"
     if not hasattr(model, "generate") or (hasattr(model, "can_generate") and not model.can_generate()):
         return f"{name} has no language-model head to generate with: load it with AutoModelForCausalLM"
+    try:
+        device_of(model)
+    except UnsupportedError as error:
+        return str(error)
     return None
 
 
@@ -181,8 +186,6 @@ def _probed(model: Any, max_length: int) -> tuple[tuple[CallSpec, ...], str | No
         calls = probe(model, limit=max(2, max_length))
     except UnsupportedError as error:
         return (), str(error)
-    if len({parameter.device for parameter in model.parameters()}) > 1:
-        return calls, "the model lies on several devices, the KV pool on one"
     return calls, _calls_problem(calls) or _cache_problem(model)
 
 

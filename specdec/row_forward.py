@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from specdec.errors import UnsupportedError
-from specdec.probe import forward_inputs, input_device
+from specdec.placement import device_of
+from specdec.probe import forward_inputs
 from specdec.types import IntArray, TargetOutput
 
 __all__ = ["RowForward", "join_rows", "vocab_size_of"]
@@ -43,7 +44,7 @@ class RowForward:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.device = input_device(model)
+        self.device = device_of(model)
         self.dtype = _lowest_dtype(model)
         self._inputs = forward_inputs(model)
         if "input_ids" not in self._inputs:

@@ -22,6 +22,7 @@ from specdec.flat_batch import flatten, warm_up
 from specdec.hidden_taps import HiddenTaps
 from specdec.kernels.launch import Backend, uses_triton
 from specdec.kv_cache import CallShape, GroupKey, Keep, KVPool
+from specdec.placement import device_of
 from specdec.prefix_cache import PrefixCache
 from specdec.query_layout import QueryLayout
 from specdec.readings import HiddenStates, Successors
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from specdec.kernel_runner import KernelRunner
-    from specdec.probe import CallSpec
+from specdec.probe import CallSpec
 
 __all__ = ["TreeTarget", "group_key", "kv_bytes_per_token"]
 
@@ -113,7 +114,7 @@ class TreeTarget:
         self.max_length = max_length
         self.hidden_layers = tuple(dict.fromkeys(hidden_layers))
         self.num_successors = min(num_successors, self.vocab_size)
-        self.device = model.device
+        self.device = device_of(model)
         self.dtype = _kv_dtype(model)
         uses_kernels = _uses_kernels(kernels, self.device, self.dtype)
         self.pool = KVPool(

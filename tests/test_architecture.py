@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("specdec", "drafters", "suffix_tree", "verifier", "kernels", "online_training", "server", "bench")
 
 LAYERS = [
-    "specdec.errors specdec.memory specdec.threads specdec.philox specdec.rng specdec.suffix_tree.* specdec.kernels.*",
+    "specdec.errors specdec.placement specdec.memory specdec.threads specdec.philox specdec.rng specdec.suffix_tree.*"
+    " specdec.kernels.*",
     "specdec.tree specdec.readings specdec.types specdec.device_work",
     "specdec.protocols specdec.config specdec.sampling specdec.processors.* specdec.stopping specdec.rope specdec.text"
     " specdec.cost_model specdec.cost_measure specdec.controller_floor specdec.draft_turns specdec.step_budget",

@@ -95,7 +95,7 @@ def test_a_pool_smaller_than_one_request_is_refused_at_submission():
 def test_a_model_over_several_devices_is_refused():
     model = tiny_llama()
     model.lm_head = model.lm_head.to("meta")
-    with pytest.raises(UnsupportedError, match="must be on one device, got cpu, meta"):
+    with pytest.raises(UnsupportedError, match="must run on one device, got cpu, meta"):
         build_engine(model, "none")
 
 

@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from specdec.build import build_engine
+from specdec.check import CheckOptions, check_model
 from specdec.types import Request, SamplingParams
 from tests.parallel_worker import requests
 
 ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "bench" / "tiny"
 
 
 def save_model(folder: Path) -> None:
@@ -107,3 +109,12 @@ def test_quantised_models_draft_without_changing_a_token(tmp_path, quantiser):
     wanted = [Request("a", ids, SamplingParams(max_new_tokens=16))]
     expected = model.generate(torch.from_numpy(ids)[None].long(), do_sample=False, max_new_tokens=16)
     assert decode(model, "ngram", 4, wanted)["a"] == expected[0, len(ids) :].tolist()
+    model = AutoModelForCausalLM.from_pretrained(
+        TINY, quantization_config=config, dtype=torch.float32, device_map="cpu"
+    )
+    options = CheckOptions(
+        drafters=("ngram", "random-tree"), max_new_tokens=12, num_seeds=1, num_samples=0, has_controls=False
+    )
+    report = check_model(model.eval(), AutoTokenizer.from_pretrained(TINY), options=options)
+    assert report.is_lossless, report
+    assert report.path == "tree"

@@ -27,6 +27,7 @@ from specdec.check.report import Comparison, Difference, TokenAt
 from specdec.check.rounding import WIDER, can_take, last_logits, measured_rounding, name_of, resolution, upcast
 from specdec.check.settings import Setting
 from specdec.errors import InternalError, UnsupportedError
+from specdec.placement import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -212,7 +213,7 @@ class Judge:
         """[P + position] int64: the tokens that both outputs have in common."""
         output = self.lab.outputs(setting, reference).token_ids[request.request_id][:position]
         ids = np.concatenate([request.prompt_ids, output]).astype(np.int64)
-        return torch.from_numpy(ids).to(self.lab.model.device)
+        return torch.from_numpy(ids).to(device_of(self.lab.model))
 
     def _logits(self, setting: Setting, request: Request, prefix: Tensor) -> Tensor | None:
         """[V] float32: what plain decoding chose from after ``prefix``; None if it did not come there."""

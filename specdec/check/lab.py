@@ -14,6 +14,7 @@ from specdec.check.hostile import HostileDrafter
 from specdec.check.prompts import Prompt
 from specdec.check.settings import GREEDY, Setting
 from specdec.errors import UnsupportedError
+from specdec.placement import device_of
 from specdec.types import Request
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ class Lab:
         return Outputs(found)
 
     def _generate_one(self, request: Request) -> list[int]:
-        input_ids = torch.from_numpy(request.prompt_ids.astype("int64"))[None].to(self.model.device)
+        input_ids = torch.from_numpy(request.prompt_ids.astype("int64"))[None].to(device_of(self.model))
         try:
             output: Any = self.model.generate(
                 input_ids,

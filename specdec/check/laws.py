@@ -18,6 +18,7 @@ from torch import Tensor
 from specdec.check.hostile import HostileDrafter
 from specdec.check.report import TwoSample
 from specdec.check.two_sample import POWER, SIGNIFICANCE, two_sample_test
+from specdec.placement import device_of
 from specdec.types import IntArray, Request
 
 if TYPE_CHECKING:
@@ -132,6 +133,6 @@ def _next_probs(
 ) -> Tensor:
     """[R, V] float64 on the CPU: the law of the next token after the prompt and each continuation."""
     tails = torch.tensor(continuations, dtype=torch.int64).reshape(len(continuations), -1)
-    input_ids = torch.cat([prompt.expand(len(continuations), -1), tails], dim=1).to(model.device)
+    input_ids = torch.cat([prompt.expand(len(continuations), -1), tails], dim=1).to(device_of(model))
     logits = model(input_ids=input_ids, use_cache=False).logits[:, -1]
     return torch.softmax(setting.scores(input_ids, logits).double(), dim=-1).cpu()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specdec.check.settings import Setting
 from specdec.errors import UnsupportedError
+from specdec.placement import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,7 +109,7 @@ def name_of(dtype: torch.dtype | None) -> str:
 @torch.inference_mode()
 def last_logits(model: PreTrainedModel, prefix: Tensor, num_rows: int = 1) -> Tensor:
     """[min(num_rows, S), V]: the logits after the last tokens of a prefix [S], by one ordinary forward of all of it."""
-    logits: Tensor = model(input_ids=prefix[None].to(model.device), use_cache=False).logits
+    logits: Tensor = model(input_ids=prefix[None].to(device_of(model)), use_cache=False).logits
     return logits[0, -num_rows:].float() if logits.dtype.itemsize < 4 else logits[0, -num_rows:]
 
 

@@ -18,6 +18,7 @@ from specdec.check.report import CheckReport, Comparison, Control, TwoSample
 from specdec.check.rounding import tie_rule
 from specdec.check.settings import GREEDY, LAWS, SAMPLED
 from specdec.errors import ConfigError, UnsupportedError
+from specdec.placement import device_of
 from specdec.rope import freeze_rope
 from specdec.routes import Route, choose_route
 from specdec.types import IntArray
@@ -179,7 +180,7 @@ class _Check:
         return CheckReport(
             model=name,
             dtype=str(model.dtype).removeprefix("torch."),
-            device=str(model.device),
+            device=str(device_of(model)),
             path=self.lab.route.kind,
             tie_rule=tie_rule(model.dtype),
             comparisons=tuple(comparisons),

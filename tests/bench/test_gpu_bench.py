@@ -12,7 +12,7 @@ from specdec.bench import gpu as gpu_bench
 from specdec.bench.gpu import PARTS, TINY, run_gpu_bench
 from specdec.cli import app
 
-_SLOW = ("attention", "steps", "verify")  # to interpret
+_SLOW = ("attention", "steps", "steps_without_graphs")  # to interpret
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,16 @@ def test_bars_are_judged_and_failures_are_kept(monkeypatch):
     assert "no such launch" in result["errors"]["verify"]
     late = run_gpu_bench(TINY, torch.device("cpu"), parts=["commit"], seconds=-1)
     assert late["errors"] == {"commit": "did not begin: -1 s were over"}
+
+
+def test_what_has_no_time_is_left_out_by_name_and_the_rest_is_kept(monkeypatch):
+    monkeypatch.setattr(gpu_bench, "SECONDS", {"attention": 0.0})
+    kept = []
+    result = run_gpu_bench(TINY, torch.device("cpu"), parts=["attention", "commit"], on_result=kept.append)
+    assert result["attention"] == []
+    assert result["left_out"] == ["attention, 1 x 20"]
+    assert [sorted(found["seconds"]) for found in kept][1] == ["attention", "commit"]
+    assert kept[1]["commit"]["us"] > 0
 
 
 def test_the_command_writes_a_result_and_wants_a_gpu_for_more_than_a_try(tmp_path):

@@ -1,6 +1,6 @@
 """On a CUDA device: kernels against float64, graphs against eager steps, strict numerics. `make test-gpu`.
 
-None of them has run yet: there was no device.
+None of them has run on a device yet: there was none. ``tests/gpu/test_smoke.py`` runs their code on a CPU.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from specdec.bench.gpu import FULL, run_gpu_bench
+from specdec.bench.gpu import FULL, TINY, run_gpu_bench
 from specdec.bench.gpu_kernels import attention_batch
 from specdec.bench.targets import random_target
 from specdec.build import build_engine
@@ -26,6 +26,10 @@ from specdec.types import Request, SamplingParams
 pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
+DRAWN = 40, 32_003  # rows and vocabulary of drawn tokens
+PRODUCTS = 200, 300, 1000  # rows, columns and inner width of strict products
+GRAPHS = (False, True)
+PROMPTS, NUM_NEW = (9, 39, 69), 40
 SHAPE = {
     "model_type": "llama", "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
     "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 2048,
@@ -53,23 +57,38 @@ def test_tree_attention_is_as_near_to_float64_as_torch(dtype, rules, heads, node
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_strict_products_are_right_and_do_not_depend_on_the_number_of_rows(dtype):
-    x, weight = (torch.randn(n, 1000, device=CUDA).to(dtype) for n in (200, 300))
+    x, weight = (torch.randn(n, PRODUCTS[2], device=CUDA).to(dtype) for n in PRODUCTS[:2])
     exact = x.double() @ weight.double().t()
-    products, means = strict_matmul(x, weight), strict_mean(x)
+    products, means = strict_matmul(x, weight, backend="triton"), strict_mean(x, backend="triton")
     error = ((x @ weight.t()).double() - exact).abs().max()
     assert (products.double() - exact).abs().max() <= 2 * error + 1e-3
-    for row in (0, 63, 64, 199):
-        assert torch.equal(strict_matmul(x[row : row + 1], weight)[0], products[row])
-        assert strict_mean(x[row : row + 1])[0] == means[row]
+    for row in (0, PRODUCTS[0] // 3, PRODUCTS[0] - 1):
+        assert torch.equal(strict_matmul(x[row : row + 1], weight, backend="triton")[0], products[row])
+        assert strict_mean(x[row : row + 1], backend="triton")[0] == means[row]
 
 
 def test_drawn_tokens_have_the_bits_of_the_cpu():
-    logits = torch.randn(40, 32_003, device=CUDA) * 3
-    seeds, positions = np.arange(40, dtype=np.uint64) * 2**58, np.arange(40) + 2**33
-    noise = gumbel(seeds, positions, 32_003, device="cpu").to(CUDA)
-    laws = NodeLaws([Law(int(seed)) for seed in seeds], [1] * 40, positions, 32_003, CUDA)
-    found = draw_tokens(logits, laws)
+    rows, vocab_size = DRAWN
+    logits = torch.randn(rows, vocab_size, device=CUDA) * 3
+    seeds, positions = np.arange(rows, dtype=np.uint64) * 2**58, np.arange(rows) + 2**33
+    noise = gumbel(seeds, positions, vocab_size, device="cpu").to(CUDA)
+    laws = NodeLaws([Law(int(seed)) for seed in seeds], [1] * rows, positions, vocab_size, CUDA)
+    found = draw_tokens(logits, laws, backend="triton")
     assert torch.equal(found.long(), (logits + noise).argmax(-1))
+
+
+def test_fused_processors_draw_the_tokens_of_torch_s_operations():
+    rows, vocab_size = DRAWN
+    logits = torch.randn(rows, vocab_size, device=CUDA) * 3
+    seen = torch.rand(vocab_size, device=CUDA) < 0.1
+    ids, parents = np.arange(rows) % 9, np.arange(rows) // 2 - 1
+    for law in (
+        Law(3, temperature=1.1, top_k=20, tail=0.1, min_p=0.01),
+        Law(4, repetition=1.2, frequency=0.3, presence=0.2, seen=seen, counts=seen * 2.0, bias=seen * 0.5),
+    ):
+        laws = NodeLaws([law], [rows], np.arange(rows), vocab_size, CUDA, token_ids=ids, parents=parents)
+        found, wanted = (draw_tokens(logits, laws, backend=backend) for backend in ("triton", "torch"))
+        assert torch.equal(found, wanted)
 
 
 def decode(model, drafter, requests, **options):
@@ -83,19 +102,19 @@ def decode(model, drafter, requests, **options):
 @pytest.mark.parametrize("numerics", ["default", "strict"])
 def test_graphs_and_eager_steps_and_torch_write_the_same_text(numerics):
     """In float32, where ties are rare; strict bfloat16 is held to equality by the test below."""
-    model = random_target(SHAPE, dtype="float32", device="cuda").model
+    model = random_target(SHAPE, dtype="float32", device=str(CUDA)).model
     rng = np.random.default_rng(0)
     requests = [
         Request(
             str(i),
-            rng.integers(3, 1000, 30 * i + 9).astype(np.int32),
-            SamplingParams(max_new_tokens=40, temperature=t, seed=i),
+            rng.integers(3, SHAPE["vocab_size"], PROMPTS[i]).astype(np.int32),
+            SamplingParams(max_new_tokens=NUM_NEW, temperature=t, seed=i),
         )
         for i, t in enumerate((0.0, 1.0, 0.7))
     ]
     plain, _ = decode(model, "none", requests, budget=0, kernels="torch")
-    hostile = HostileDrafter({key: [ids] for key, ids in plain.items()}, 1000)
-    for graphs in (False, True):
+    hostile = HostileDrafter({key: [ids] for key, ids in plain.items()}, SHAPE["vocab_size"])
+    for graphs in GRAPHS:
         drafted, target = decode(model, hostile, requests, budget=9, kernels="triton", graphs=graphs, numerics=numerics)
         assert drafted == plain
         assert isinstance(target, TreeTarget)
@@ -104,6 +123,6 @@ def test_graphs_and_eager_steps_and_torch_write_the_same_text(numerics):
 
 
 def test_strict_bfloat16_differs_nowhere():
-    result = run_gpu_bench(FULL, CUDA, parts=["strict"])
+    result = run_gpu_bench(FULL if CUDA.type == "cuda" else TINY, CUDA, parts=["strict"])
     assert result["errors"] == {}
     assert result["bars"]["strict, differing requests"]["figure"] == 0

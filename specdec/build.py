@@ -295,8 +295,6 @@ def may_pack(model: PreTrainedModel, config: EngineConfig) -> bool:
     return obstacle is None
 
 
-
-
 def _kv_tokens(bytes_per_token: int, device: torch.device, config: EngineConfig, max_length: int) -> int:
     """How many tokens the KV pool holds: what was asked for, if there is memory for it, or what seems right."""
     free = free_bytes(device)

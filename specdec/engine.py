@@ -19,6 +19,7 @@ from specdec.errors import InternalError, RequestError, UnsupportedError
 from specdec.protocols import Controller, Drafter, Observer, TargetModel, Verifier
 from specdec.readings import HiddenStates
 from specdec.scheduler import Part, Scheduler
+from specdec.step_events import step_events
 from specdec.stopping import StopChecker
 from specdec.types import (
     Chunk,
@@ -28,8 +29,6 @@ from specdec.types import (
     Request,
     RequestOutput,
     RequestState,
-    StepEvent,
-    StepTrace,
     TargetOutput,
     VerifyResult,
 )
@@ -199,7 +198,7 @@ class Engine:
         times.append(perf_counter())
         # Verification has waited for the device, so both marks are behind.
         target_ms = self._clock.ms(begin, end) if decoding else 0.0
-        events = _events(decoding, output, results, emitted, times, target_ms)
+        events = step_events(decoding, output, results, emitted, times, target_ms)
         observers: tuple[Controller | Drafter | Observer, ...] = (self.controller, self.drafter, *self.observers)
         for observer in observers:
             observer.observe(events)
@@ -366,36 +365,3 @@ def _check_pair(verifier: Verifier, drafter: Drafter) -> None:
     if needs.draws not in verifier.draws:
         wanted = " or ".join(sorted(verifier.draws))
         raise UnsupportedError(f"this verifier needs drafts drawn as {wanted}, and {name} draws {needs.draws}")
-
-
-def _events(
-    decoding: Sequence[Chunk],
-    output: TargetOutput,
-    results: Sequence[VerifyResult],
-    emitted: Sequence[IntArray],
-    times: Sequence[float],
-    target_ms: float,
-) -> list[StepEvent]:
-    """Of every request; ``times`` are when drafting began and ended, and when verification and commit ended."""
-    draft_ms, verified_ms, commit_ms = (1e3 * (b - a) for a, b in zip(times, times[1:], strict=False))
-    verify_ms = max(verified_ms - target_ms, 0.0)
-    events: list[StepEvent] = []
-    for row, (chunk, result, ids) in enumerate(zip(decoding, results, emitted, strict=True)):
-        state, tree = chunk.state, chunk.tree
-        if tree is None:
-            raise InternalError("a chunk without a tree was verified")
-        trace = StepTrace(
-            request_id=state.request_id,
-            step=state.num_steps,
-            position=state.num_tokens - len(ids),
-            num_draft_tokens=tree.num_draft_tokens,
-            num_accepted=result.num_accepted,
-            num_emitted=len(ids),
-            batch_size=len(decoding),
-            draft_ms=draft_ms,
-            target_ms=target_ms,
-            verify_ms=verify_ms,
-            commit_ms=commit_ms,
-        )
-        events.append(StepEvent(state, tree, result, output, row, ids, trace))
-    return events

@@ -339,6 +339,8 @@ def main() -> None:
         items = take_calls(options.agents, words, calls=options.load_calls, prompt=256, response=48, half=1)
         result["validation"] = validate(model, items, options)
         print(json.dumps(result["validation"], indent=1), flush=True)
+        if options.json:
+            write_json(options.json, result)
     if options.controls:
         items = take_calls(
             options.controls, words, calls=options.control_calls, prompt=128, response=options.response, half=1

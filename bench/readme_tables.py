@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from specdec.bench.adaptive_tables import load_simulation_table
 from specdec.bench.drafter_tables import (
     calibration_table,
     diffusion_lengths_table,
@@ -31,6 +32,7 @@ _RESULTS = Path("bench/results")
 _FROM_DOCS = "../bench/results"
 PAGES = (
     "README.md",
+    "docs/adaptive.md",
     "docs/performance.md",
     "docs/benchmarks.md",
     "docs/serving.md",
@@ -333,6 +335,7 @@ def _in_minutes(requests: list[list[Any]], start: int, end: int) -> str:
 
 _TABLES: Mapping[str, Callable[[Path], str]] = {
     "capture_overhead": _capture_overhead,
+    "load_simulation": _of_drafters("load_simulation", load_simulation_table),
     "day_zero": _day_zero,
     "shift": _shift,
     "rejected_tokens": _rejected_tokens,

@@ -119,7 +119,7 @@ def _record(acceptance: Path | None, traces: list[Path], tokenizer: str | None, 
 
 def _table(name: str, load: float, found: dict[str, dict[str, float]]) -> str:
     rows = [f"{name} at {load:g} times its speed"]
-    fixed = [figures["work_s"] for policy, figures in found.items() if policy == "none" or policy[:6] == "static"]
+    fixed = [figures["work_s"] for policy, figures in found.items() if "+" not in policy and policy != "adaptive"]
     for policy, figures in found.items():
         rows.append(
             f"  {policy:24} {figures['tokens_per_s']:9.1f} tokens/s  goodput {figures['goodput_tokens_per_s']:9.1f}  "

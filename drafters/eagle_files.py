@@ -6,6 +6,7 @@
 | SafeAILab, EAGLE-3 | the same | ``midlayer`` | 2, N // 2, N - 3, not stated |
 | SpecForge | safetensors | ``midlayer`` | ``eagle_config.eagle_aux_hidden_state_layer_ids``: the layers *before* them |
 | speculators | safetensors | ``layers.0`` | ``eagle_aux_hidden_state_layer_ids`` at the top |
+| DeepSpec | safetensors | ``layers.0`` | ``target_layer_ids``, five of them: the layers *before* them |
 
 Nothing in a file is executed: pickles are read with ``weights_only``.
 """
@@ -109,8 +110,9 @@ class EagleFiles:
         """
         nested = (self.config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
         stated = self.config.get("eagle_aux_hidden_state_layer_ids")
-        if nested is not None:
-            layers = tuple(int(layer) + 1 for layer in nested)  # the layers whose outputs are taken
+        outputs = nested if nested is not None else self.config.get("target_layer_ids")
+        if outputs is not None:
+            layers = tuple(int(layer) + 1 for layer in outputs)  # the layers whose outputs are taken
         else:
             layers = tuple(map(int, stated)) if stated is not None else (2, num_layers // 2, num_layers - 3)
         if not all(0 <= layer <= num_layers for layer in layers):

@@ -146,6 +146,23 @@ def speculators_input_norm(path: Path) -> None:
     speculators(path, norm_before_fc=True)
 
 
+def deepspec(path: Path) -> None:
+    """DeepSpec's Qwen3 head: five states, norms of queries and keys, the target's whole vocabulary, its own ends."""
+    weights = _third("layers.0.")
+    del weights["d2t"], weights["t2d"]
+    weights |= {
+        "fc.weight": _random(WIDTH, 5 * WIDTH),
+        "embed_tokens.weight": _random(VOCAB_SIZE, WIDTH),
+        "lm_head.weight": _random(VOCAB_SIZE, WIDTH),
+        **{f"layers.0.self_attn.{name}.weight": 1 + 0.3 * torch.randn(HEAD_DIM) for name in ("q_norm", "k_norm")},
+    }
+    config = _llama_config(
+        architectures=["Qwen3Eagle3Model"], head_dim=HEAD_DIM, rope_theta=1_000_000.0, num_target_layers=NUM_LAYERS,
+        target_layer_ids=[0, 2, 3, 5, 6], ttt_length=7, step_loss_decay=0.8, tie_word_embeddings=False,
+    )  # fmt: skip
+    _write(path, {**config, "model_type": "qwen3"}, weights, "model.safetensors")
+
+
 def _extra(config: dict[str, Any]) -> Weights:
     extra: Weights = {}
     if config.get("fc_norm"):
@@ -164,6 +181,7 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "speculators": speculators,
     "speculators-3.1": speculators_31,
     "speculators-input-norm": speculators_input_norm,
+    "deepspec": deepspec,
 }
 
 

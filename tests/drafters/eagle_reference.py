@@ -23,6 +23,7 @@ READS: dict[str, tuple[int, ...]] = {
     "speculators": (1, 4, 6),
     "speculators-3.1": (1, 4, 6),
     "speculators-input-norm": (1, 4, 6),
+    "deepspec": (1, 3, 4, 6, 7),
 }
 
 
@@ -74,8 +75,11 @@ class Reference:
             mine = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
             group = head // (HEADS // KV_HEADS)
             shared = slice(group * HEAD_DIM, (group + 1) * HEAD_DIM)
-            q = turned(x @ self.w["self_attn.q_proj.weight"][mine].T)
-            k = turned(x @ self.w["self_attn.k_proj.weight"][shared].T)
+            q = x @ self.w["self_attn.q_proj.weight"][mine].T
+            k = x @ self.w["self_attn.k_proj.weight"][shared].T
+            if "self_attn.q_norm.weight" in self.w:
+                q, k = self.norm(q, "self_attn.q_norm"), self.norm(k, "self_attn.k_norm")
+            q, k = turned(q), turned(k)
             v = x @ self.w["self_attn.v_proj.weight"][shared].T
             scores = (q @ k.T / math.sqrt(HEAD_DIM)).masked_fill(torch.ones(rows, rows).triu(1).bool(), -math.inf)
             heads.append(scores.softmax(-1) @ v)
@@ -103,6 +107,8 @@ class Reference:
             logits = output @ self.target.lm_head.weight.T.detach()
             return logits.log_softmax(-1), list(range(len(logits)))
         logits = self.norm(output, "norm") @ self.w["lm_head.weight"].T
+        if "d2t" not in self.w:
+            return logits.log_softmax(-1), list(range(len(logits)))
         ids = [draft_id + int(offset) for draft_id, offset in enumerate(self.w["d2t"])]
         return logits.log_softmax(-1), ids
 

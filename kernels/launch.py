@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Backend", "check_tensor", "uses_triton"]
+__all__ = ["Backend", "check_tensor", "interpreted_in_order", "uses_triton"]
 
 Backend: TypeAlias = Literal["auto", "triton", "torch"]
 logger = logging.getLogger(__name__)
@@ -48,6 +50,30 @@ def uses_triton(backend: Backend, device: torch.device) -> bool:
     if not can_run:
         _warn_once(device.type)
     return can_run
+
+
+@contextmanager
+def interpreted_in_order() -> Iterator[None]:
+    """Interpreted products sum every element in one order, as a GPU's matrix units do.
+
+    The interpreter hands them to numpy, whose BLAS sums differently in the last rows of a tile than in the first ones:
+    equality of bits cannot be seen through that. Without the interpreter nothing changes.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    def dot(_self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        products = a.data.astype(d.data.dtype)[:, :, None] * b.data.astype(d.data.dtype)[None]
+        return interpreter.TensorHandle(np.add.reduce(products, axis=1) + d.data, d.dtype.scalar)
+
+    usual = interpreter.InterpreterBuilder.create_dot
+    interpreter.InterpreterBuilder.create_dot = dot
+    try:
+        yield
+    finally:
+        interpreter.InterpreterBuilder.create_dot = usual
 
 
 @cache

@@ -50,17 +50,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: Sequence[pytest.
 
 
 @pytest.fixture
-def fixed_order_products(monkeypatch):
-    """Interpreted products sum every element in one order, as a GPU's matrix units do.
+def fixed_order_products():
+    """Interpreted products sum every element in one order, as a GPU's matrix units do."""
+    from specdec.kernels.launch import interpreted_in_order
 
-    The interpreter hands them to numpy, whose BLAS sums differently in the last rows of a tile than in the first ones:
-    equality of bits cannot be seen through that.
-    """
-    import numpy as np
-    from triton.runtime import interpreter
-
-    def dot(_self, a, b, d, *_):
-        products = a.data.astype(d.data.dtype)[:, :, None] * b.data.astype(d.data.dtype)[None]
-        return interpreter.TensorHandle(np.add.reduce(products, axis=1) + d.data, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    with interpreted_in_order():
+        yield

@@ -12,7 +12,7 @@ from specdec.bench import gpu as gpu_bench
 from specdec.bench.gpu import PARTS, TINY, run_gpu_bench
 from specdec.cli import app
 
-_SLOW = ("attention", "steps", "steps_without_graphs")  # to interpret
+_SLOW = ("attention", "prefill", "steps", "steps_without_graphs")  # to interpret
 
 
 @pytest.mark.parametrize(

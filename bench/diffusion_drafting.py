@@ -12,9 +12,10 @@ request at a time, all arms interleaved in one process.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from time import perf_counter, process_time
 from typing import Annotated, Any
 
 import numpy as np
@@ -55,13 +56,20 @@ def arms_of(head: Path, eagle: Path | None, num_guesses: int) -> dict[str, str]:
     """Name of an arm of ``speed`` -> its drafter."""
     arms = {"plain": "none"}
     if eagle is not None:
-        arms["eagle, chain"] = f"eagle:{eagle}?top_k=1&depth={num_guesses}"
+        arms["eagle, chain"] = f"eagle:{eagle}?top_k=1&depth={num_guesses}&min_gain=0"
     arms |= {f"fixed {n}": f"diffusion:{head}?length={n}" for n in range(1, num_guesses + 1)}
     return arms | {name: f"diffusion:{head}?{options}" for name, options in _RULES.items()}
 
 
 def measure(
-    model: Any, tokenizer: Any, arms: Mapping[str, str], prompts: Sequence[IntArray], *, num_new: int, repeats: int
+    model: Any,
+    tokenizer: Any,
+    arms: Mapping[str, str],
+    prompts: Sequence[IntArray],
+    *,
+    num_new: int,
+    repeats: int,
+    clock: Callable[[], float] = perf_counter,
 ) -> dict[str, dict[str, Any]]:
     """Acceptance length and tokens per second of every arm, and its speed over plain decoding, round by round."""
     sampling = SamplingParams(max_new_tokens=num_new)
@@ -80,7 +88,7 @@ def measure(
             sum(state.num_drafted for state in last),
         )
 
-    seconds = interleave({name: partial(run, name) for name in arms}, repeats=repeats)
+    seconds = interleave({name: partial(run, name) for name in arms}, repeats=repeats, clock=clock)
     for engine in engines.values():
         engine.close()
     rows: dict[str, dict[str, Any]] = {}
@@ -183,7 +191,10 @@ def lengths(
         fitted.save(head / CALIBRATION_FILE)
     texts = {"code": judge_on, "edits": _edits(tokenizer, num_prompts)}
     depth = load_diffusion(head, model, None, None).head.config.num_guesses  # type: ignore[attr-defined]
-    shapes = {f"chain of {depth}": ("", f"top_k=1&depth={depth}"), "tree of 16": ("?top_k=4", f"top_k=4&depth={depth}")}
+    shapes = {
+        f"chain of {depth}": ("", f"top_k=1&depth={depth}&min_gain=0"),
+        "tree of 16": ("?top_k=4", f"top_k=4&depth={depth}&min_gain=0"),
+    }
     rows = []
     for text, prompts in texts.items():
         for shape, (own, other) in shapes.items():
@@ -214,21 +225,37 @@ def speed(
     new_tokens: NewTokens = 64,
     repeats: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 5,
     threads: Threads = 2,
+    processor_time: Annotated[
+        bool, typer.Option("--processor-time", help="On a busy machine, with one thread.")
+    ] = False,
 ) -> None:
     """Tokens per second of every length rule and every fixed length, one request at a time."""
+    if processor_time and threads > 1:
+        raise typer.BadParameter(f"--processor-time needs --threads 1, got {threads}")
     model, tokenizer = _loaded(threads)
     depth = load_diffusion(head, model, None, None).head.config.num_guesses  # type: ignore[attr-defined]
     kinds = {"code": _code(tokenizer, 0, num_prompts), "edits": _edits(tokenizer, num_prompts)}
     kinds["both"] = [*kinds["code"], *kinds.pop("edits")]
     found = {}
     for name, prompts in kinds.items():
-        rows = measure(model, tokenizer, arms_of(head, eagle, depth), prompts, num_new=new_tokens, repeats=repeats)
+        rows = measure(
+            model,
+            tokenizer,
+            arms_of(head, eagle, depth),
+            prompts,
+            num_new=new_tokens,
+            repeats=repeats,
+            clock=process_time if processor_time else perf_counter,
+        )
         found[name] = {"arms": rows, "against_best_fixed": against_best_fixed(rows)}
         for arm, row in rows.items():
             typer.echo(f"{name}, {arm}: {row['acceptance_length']:.2f}, {row['tokens_per_second']:.0f} tokens/s")
         typer.echo(f"{name}: {found[name]['against_best_fixed']}")
     what = "length rules of a block-diffusion head, bundled model, greedy, float32, one request at a time"
-    write_json(json_file, {"what": what, "prompts": num_prompts, "new_tokens": new_tokens, "texts": found})
+    clock = "processor" if processor_time else "wall"
+    write_json(
+        json_file, {"what": what, "clock": clock, "prompts": num_prompts, "new_tokens": new_tokens, "texts": found}
+    )
 
 
 def _loaded(threads: int) -> tuple[Any, Any]:

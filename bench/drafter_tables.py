@@ -69,9 +69,9 @@ def draft_profile_table(result: Mapping[str, Any]) -> str:
 
 def diffusion_lengths_table(result: Mapping[str, Any]) -> str:
     """Acceptance lengths of a block-diffusion head and an EAGLE head on the same texts."""
-    count = {name: f"{number / 1e6:.2f} M" for name, number in result["parameters"].items()}
+    sizes = {name: f"{number / 1e6:.2f} M" for name, number in result["parameters"].items()}
     lines = [
-        f"| greedy | DSpark ({count['first']}) | EAGLE-3 ({count['second']}) | difference (95 %) |",
+        f"| greedy | DSpark ({sizes['first']}) | EAGLE-3 ({sizes['second']}) | difference (95 %) |",
         "|---|---|---|---|",
     ]
     for row in result["rows"]:
@@ -114,10 +114,11 @@ def calibration_table(result: Mapping[str, Any]) -> str:
 def diffusion_speed_table(result: Mapping[str, Any]) -> str:
     """Tokens per second of fixed lengths and rules, and every rule against the best fixed length."""
     lines: list[str] = []
+    unit = "tokens per processor second" if result["clock"] == "processor" else "tokens/s"
     for text, found in result["texts"].items():
         best = found["against_best_fixed"]["best_fixed"]
         lines += [
-            f"| {text} | acceptance length | drafted a step | tokens/s | against {best} (range) |",
+            f"| {text} | acceptance length | drafted a step | {unit} | against {best} (range) |",
             "|---|---|---|---|---|",
         ]
         for arm, row in found["arms"].items():

@@ -34,9 +34,14 @@ def test_a_profile_says_what_both_shares_make():
 
 def test_heads_stand_side_by_side_with_their_difference():
     row = {"text": "code", "shape": "chain of 5", "first": 1.5, "second": 1.625, "difference": -0.125}
-    result = {"parameters": {"first": 2_690_000, "second": 2_704_000}, "prompts": 3, "new_tokens": 8}
+    result = {
+        "parameters": {"first": 2_690_000, "second": 2_704_000},
+        "prompts": {"code": 3, "edits": 2},
+        "new_tokens": 8,
+    }
     table = diffusion_lengths_table({**result, "rows": [{**row, "interval_95": [-0.2, 0.05]}]})
     assert "| greedy | DSpark (2.69 M) | EAGLE-3 (2.70 M) |" in table
+    assert "3 held-out texts of each kind, 8 new tokens each" in table
     assert "| code, chain of 5 | 1.50 | 1.62 | -0.12 (-0.20 to +0.05) |" in table
 
 
@@ -53,6 +58,6 @@ def test_rules_stand_against_the_best_fixed_length():
     row = {"acceptance_length": 1.5, "drafted_per_step": 2.0, "tokens_per_second": 99.6}
     ratio = {"median": 1.01, "least": 0.99, "greatest": 1.2}
     found = {"arms": {"fixed 2": row, "ema": row}, "against_best_fixed": {"best_fixed": "fixed 2", "ema": ratio}}
-    table = diffusion_speed_table({"texts": {"code": found}})
+    table = diffusion_speed_table({"clock": "wall", "texts": {"code": found}})
     assert "| code | acceptance length | drafted a step | tokens/s | against fixed 2 (range) |" in table
     assert "| fixed 2 | 1.50 | 2.00 | 100 |  |\n| ema | 1.50 | 2.00 | 100 | 1.010 (0.990 to 1.200) |" in table

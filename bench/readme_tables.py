@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from specdec.bench.adaptive_tables import load_simulation_table
+from specdec.bench.adaptive_tables import adaptive_speed_table, load_simulation_table
 from specdec.bench.drafter_tables import (
     calibration_table,
     diffusion_lengths_table,
@@ -335,6 +335,8 @@ def _in_minutes(requests: list[list[Any]], start: int, end: int) -> str:
 
 _TABLES: Mapping[str, Callable[[Path], str]] = {
     "capture_overhead": _capture_overhead,
+    "adaptive_agents": _of_drafters("adaptive_agents", adaptive_speed_table),
+    "adaptive_controls": _of_drafters("adaptive_controls", adaptive_speed_table),
     "load_simulation": _of_drafters("load_simulation", load_simulation_table),
     "day_zero": _day_zero,
     "shift": _shift,

@@ -238,26 +238,28 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 def shifts(requests: list[list[Any]], after: int, *, window: int = 12) -> dict[str, Any]:
-    """What two changes of traffic did: acceptance length (tokens per step) around them, by order of finishing.
+    """What two changes of traffic did: acceptance length (tokens per step) of the phases A, B and A again.
 
-    ``recovered_after``: requests until the mean of ``window`` of them reached 95 % of what the phase ended with (its
-    last third); None: it takes the whole phase, or nothing was lost.
+    ``regained_after``: requests of the last phase until the mean of ``window`` of them reached 95 % of what A had ended
+    with (its last third); None: they never did.
     """
     rows = sorted(requests, key=lambda row: row[0])
+    of_a, of_b = ([row for row in rows if row[4] == name] for name in "AB")
 
     def length(some: list[list[Any]]) -> float:
         tokens, steps = float(sum(row[1] for row in some)), float(sum(row[2] for row in some))
         return round(tokens / max(1.0, steps), 3)
 
     found: dict[str, Any] = {}
-    for name, phase in (("A", rows[:after]), ("B", rows[after : 2 * after]), ("A again", rows[2 * after :])):
-        third, end = max(1, len(phase) // 3), length(phase[-max(1, len(phase) // 3) :])
-        means = [length(phase[i : i + window]) for i in range(max(0, len(phase) - window))]
-        reached = [i for i, mean in enumerate(means) if mean >= 0.95 * end]
-        found[name] = {"first_third": length(phase[:third]), "last_third": end,
-                       "recovered_after": reached[0] if reached else None}  # fmt: skip
-    found["drop"] = round(found["B"]["first_third"] - found["A"]["last_third"], 3)
-    found["forgotten"] = round(found["A"]["last_third"] - found["A again"]["first_third"], 3)
+    for name, phase in (("A", of_a[:after]), ("B", of_b), ("A again", of_a[after:])):
+        third = max(1, len(phase) // 3)
+        found[name] = {"first_third": length(phase[:third]), "last_third": length(phase[-third:])}
+    end, again = found["A"]["last_third"], of_a[after:]
+    means = [length(again[i : i + window]) for i in range(max(0, len(again) - window + 1))]
+    found["drop"] = round(end - found["B"]["first_third"], 3)
+    found["learned"] = round(found["B"]["last_third"] - found["B"]["first_third"], 3)
+    found["forgotten"] = round(end - found["A again"]["first_third"], 3)
+    found["regained_after"] = next((i for i, mean in enumerate(means) if mean >= 0.95 * end), None)
     return found
 
 

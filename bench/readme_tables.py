@@ -294,10 +294,9 @@ def _shift(root: Path) -> str:
         for part in ("first_third", "last_third"):
             cells = " | ".join(f"{result['shift'][phase][part]:.2f}" for result in results.values())
             lines.append(f"| {phase}, {part.replace('_', ' ')} | {cells} |")
-    for phase in ("B", "A again"):
-        found = [result["shift"][phase]["recovered_after"] for result in results.values()]
-        cells = " | ".join("–" if one is None else str(one) for one in found)
-        lines.append(f"| {phase}: requests until 95 % of its last third | {cells} |")
+    found = [result["shift"]["regained_after"] for result in results.values()]
+    cells = " | ".join("not in this phase" if one is None else str(one) for one in found)
+    lines.append(f"| A again: requests until 95 % of what A ended with | {cells} |")
     notes = [_source(name, result, link=_FROM_DOCS) for name, result in results.items()]
     return "\n".join([*lines, "", *notes])
 

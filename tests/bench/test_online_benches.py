@@ -36,15 +36,15 @@ def test_terms_are_compared_seed_by_seed_and_request_by_request() -> None:
 
 
 def test_a_shift_is_a_drop_a_recovery_and_what_was_forgotten() -> None:
-    rounds = [10] * 30 + [40] * 12 + [20] * 18 + [10] * 30  # steps for 40 tokens, request by request
-    rows = [[float(i), 40, steps] for i, steps in enumerate(rounds)]
+    rounds = [10] * 30 + [40] * 12 + [20] * 18 + [20] * 15  # steps for 40 tokens, request by request
+    rows = [[float(i), 40, steps, 1, "B" if 30 <= i < 60 else "A"] for i, steps in enumerate([*rounds, *[10] * 30])]
     found = shifts(rows, 30)
     assert found["A"]["last_third"] == 4.0
     assert (found["B"]["first_third"], found["B"]["last_third"]) == (1.0, 2.0)
-    assert found["drop"] == -3.0
-    assert 10 <= found["B"]["recovered_after"] <= 12
-    assert found["forgotten"] == 0.0
-    assert found["A again"]["recovered_after"] == 0
+    assert (found["drop"], found["learned"]) == (3.0, 1.0)
+    assert found["forgotten"] == 2.0
+    assert 13 <= found["regained_after"] <= 15
+    assert shifts([row if row[0] < 60 else [*row[:2], 40, *row[3:]] for row in rows], 30)["regained_after"] is None
 
 
 def test_a_project_asks_for_ever_new_edits_of_the_same_functions() -> None:

@@ -295,6 +295,30 @@ def test_a_rehearsing_daemon_learns_on_from_what_it_remembers_until_nothing_is_g
     daemon.close()
 
 
+def test_a_daemon_beside_a_server_rests_as_much_as_its_duty_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, rests = [0.0], list[float]()
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            now[0] += 1.0  # seconds between any two looks
+            return now[0]
+
+        sleep = staticmethod(rests.append)
+
+    monkeypatch.setattr("specdec.online_training.daemon.time", Clock)
+    Spool(tmp_path / "spool").put([numbered(1)])
+    daemon = TrainDaemon(
+        Spool(tmp_path / "spool"), Registry(tmp_path / "registry"), JudgedLearner(), target=TARGET,
+        work=tmp_path / "work", duty=0.25,
+    )  # fmt: skip
+    daemon.step()
+    assert rests == [3.0]
+    daemon.close()
+
+
 def test_a_daemon_that_does_not_rehearse_waits(tmp_path: Path) -> None:
     Spool(tmp_path / "spool").put([numbered(1)])
     daemon = daemon_at(tmp_path)

@@ -336,6 +336,7 @@ _TABLES: Mapping[str, Callable[[Path], str]] = {
     "capture_overhead": _capture_overhead,
     "adaptive_agents": _of_drafters("adaptive_agents", adaptive_speed_table),
     "adaptive_controls": _of_drafters("adaptive_controls", adaptive_speed_table),
+    "adaptive_paper": _of_drafters("adaptive_paper", adaptive_speed_table),
     "load_simulation": _of_drafters("load_simulation", load_simulation_table),
     "day_zero": _day_zero,
     "shift": _shift,

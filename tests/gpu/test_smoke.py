@@ -16,7 +16,7 @@ def toy(monkeypatch):
     monkeypatch.setattr(suite, "GRAPHS", (False,))
     monkeypatch.setattr(suite, "PROMPTS", (3, 6, 4))
     monkeypatch.setattr(suite, "NUM_NEW", 4)
-    shape = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    shape = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
     monkeypatch.setattr(suite, "SHAPE", {**suite.SHAPE, **shape, **heads})
 

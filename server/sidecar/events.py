@@ -143,10 +143,12 @@ class Framing:
     Args:
         kind: chat or text.
         shapes: as for ``restore``.
+        is_single: an event with several tokens is odd: a continuation's events would not look the same.
     """
 
     kind: Literal["chat", "text"]
     shapes: Mapping[str, IdShape]
+    is_single: bool = False
     _template: dict[str, Any] | None = field(default=None, init=False)
     _style: Style | None = field(default=None, init=False)
     _is_odd: bool = field(default=False, init=False)
@@ -166,6 +168,7 @@ class Framing:
         choices = (piece.event or {}).get("choices")
         if not piece.event or not choices:
             return
+        self._is_odd |= self.is_single and len(piece.token_ids) > 1
         plain = restore(piece.raw, self.shapes)
         if self.kind == "chat" and set(choices[0].get("delta") or {}) - {"content", "role"}:
             self._is_odd = True  # reasoning, refusals, tools: a parser is at work that cannot be entered midway

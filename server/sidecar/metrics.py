@@ -35,6 +35,8 @@ class SidecarMetrics:
         self.wasted = self._counter("wasted_upstream_tokens", "Upstream work that no client saw.", ("kind",))
         self.exhausted = self._counter("budget_exhausted", "Drafts that the budget forbade.")
         self.cache_hits = self._counter("cache_hits", "Answers from the exact-repeat cache.")
+        self.releases = self._counter("shape_releases", "Releases of streams at a steady pace.")
+        self.starved = self._counter("shape_starved_ticks", "Ticks for which too few tokens were there: visible.")
         self.audits = self._counter("audit", "Accelerated requests compared with plain ones.", ("result",))
 
     def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:

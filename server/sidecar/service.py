@@ -24,6 +24,7 @@ from specdec.server.sidecar.feed import Feeder, FeedKind
 from specdec.server.sidecar.gates import Budget, BudgetOptions, LoadGate
 from specdec.server.sidecar.learner import Learner, Passed
 from specdec.server.sidecar.metrics import SidecarMetrics
+from specdec.server.sidecar.pace import Pace, PaceOptions
 from specdec.server.sidecar.plan import PlanOptions, Timing
 from specdec.server.sidecar.probe import Capabilities, probe
 from specdec.server.sidecar.requests import Asked, continuable, privacy_of, read_request, tenant_of
@@ -35,7 +36,7 @@ from specdec.suffix_tree.cache import SuffixCache
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["BudgetOptions", "Job", "Mode", "PlanOptions", "Speed", "SpeedOptions", "load_tokens"]
+__all__ = ["BudgetOptions", "Job", "Mode", "PaceOptions", "PlanOptions", "Speed", "SpeedOptions", "load_tokens"]
 
 Mode = Literal["off", "observe", "feed", "race", "grid", "rounds"]
 _FULL = ("race", "grid", "rounds")
@@ -61,6 +62,7 @@ class SpeedOptions:
         feed: how the upstream takes drafts; None: as the probe finds.
         audit_share: of the accelerated greedy requests that are asked again, plainly and twice.
         has_cache_salt: the tenant's hash goes along as ``cache_salt``, so that no tenant meets another's KV upstream.
+        pace: at which accelerated streams leave; None: as they come.
     """
 
     mode: Mode = "observe"
@@ -76,6 +78,7 @@ class SpeedOptions:
     has_cache_salt: bool = False
     feed: FeedKind | None = None
     audit_share: float = 0.0
+    pace: PaceOptions | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
@@ -86,6 +89,10 @@ class SpeedOptions:
             raise ConfigError("feed sglang-corpus shows all clients' text in all clients' speed: it needs one tenant")
         if self.mode == "grid" and self.plan.max_branches < 2:
             raise ConfigError(f"a grid needs at least 2 branches, got {self.plan.max_branches}")
+        if self.pace is not None and self.mode not in _FULL:
+            raise ConfigError(f"shaping paces what {', '.join(_FULL)} accelerate; mode {self.mode} has no such streams")
+        if self.pace is not None and self.cache_ttl_s > 0:
+            raise ConfigError("shaping cannot hide the exact-repeat cache, which answers at once: give one of the two")
 
 
 @dataclass(slots=True)
@@ -152,6 +159,7 @@ class Speed:
         self.refused: dict[str, int] = {}  # why requests were not accelerated
         self.feeder: Feeder | None = None
         self.corpora: CorpusFeeder | None = None
+        self.pace = Pace(options.pace, metrics.releases, metrics.starved) if options.pace is not None else None
         self.fault: str | None = None  # why acceleration is off for good
         self._audits: set[asyncio.Task[None]] = set()
         self._secret = options.secret or secrets.token_bytes(32)
@@ -235,6 +243,8 @@ class Speed:
         plan = continuable(asked, is_keyed=able.is_keyed, has_whole=asked.kind in able.wholes)
         if isinstance(plan, str):
             return None, plan
+        if self.pace is not None and not asked.is_stream:
+            return None, "an answer that is not streamed cannot be shaped"
         is_rounds = self.options.mode == "rounds"
         if is_rounds and (why := self._no_rounds(asked)) is not None:
             return None, why
@@ -243,13 +253,13 @@ class Speed:
             return None, "sampled requests need the tokenizer"
         extra = {"cache_salt": tenant[:64]} if self.options.has_cache_salt else {}
         opener = HttpOpener(self.upstream, question, plan, self.shop, extra)
-        framing = Framing(asked.kind, able.shapes)
+        framing = Framing(asked.kind, able.shapes, is_single=self.pace is not None)
         drafting = Drafting(
             self.shop, secrets.token_hex(12), tenant, limit=plan.limit, may_learn=may_learn,
             may_write=lambda: framing.can_write, is_sampled=is_sampled, proto=self.options.mode,
         )  # fmt: skip
         watch = self._contradicted if is_rounds else None
-        return Run(self.shop, opener, framing, drafting, self.tokens, able, contradicted=watch), None
+        return Run(self.shop, opener, framing, drafting, self.tokens, able, contradicted=watch, pace=self.pace), None
 
     def _no_rounds(self, asked: Asked) -> str | None:
         """Why the request's drafts cannot be verified by the upstream's scores."""
@@ -329,4 +339,5 @@ class Speed:
             "fault": self.fault,
             "not_accelerated": dict(self.refused),
             "shadow": self.learner.shadow(),
+            "shape": self.pace.table() if self.pace is not None else "off",
         } | ({"corpus": self.corpora.table()} if self.corpora is not None else {})

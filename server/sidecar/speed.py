@@ -15,6 +15,7 @@ import aiohttp
 
 from specdec.server.sidecar.drafting import Drafting, Shop
 from specdec.server.sidecar.events import EventSplitter, Framing, Piece, client_usage, read_event, restore
+from specdec.server.sidecar.pace import Pace, Written
 from specdec.server.sidecar.plan import Timing
 from specdec.server.sidecar.probe import Capabilities
 from specdec.server.sidecar.requests import Continuable
@@ -179,17 +180,18 @@ class Run:
         capabilities: of the upstream.
         contradicted: drafts are verified by the upstream's scores; called when a stream says other than these. None:
             branches are opened instead.
+        pace: at which events leave; None: as they come.
     """
 
     def __init__(
         self, shop: Shop, opener: HttpOpener, framing: Framing, drafting: Drafting, tokens: Tokens,
-        capabilities: Capabilities, *, contradicted: Callable[[], None] | None = None,
+        capabilities: Capabilities, *, contradicted: Callable[[], None] | None = None, pace: Pace | None = None,
     ) -> None:  # fmt: skip
         self.shop, self.opener, self.framing, self.drafting = shop, opener, framing, drafting
         self._cutter = TextCutter(tokens)
         self._hidden = tokens.special_ids | set(opener.plan.sampling.get("stop_token_ids", ()))
         self._capabilities = capabilities
-        self._contradicted = contradicted
+        self._contradicted, self._pace = contradicted, pace
         self.output_ids: list[int] = []
 
     def _spliced(self, base: Stream) -> AsyncGenerator[Spliced, None]:
@@ -223,15 +225,25 @@ class Run:
         return timing.step_s is not None and (num_tokens - 1) * timing.step_s > timing.open_s
 
     async def pieces(self, answer: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
-        """What the client gets, event by event.
+        """What the client gets, event by event or at the pace.
 
         Raises:
             StreamBroken: the answer ends without its end.
         """
+        if self._pace is not None:
+            async with aclosing(self._pace.paced(self._events(answer))) as releases:
+                async for release in releases:
+                    yield release
+            return
+        async with aclosing(self._events(answer)) as events:
+            async for data, _ in events:
+                if data:
+                    yield data
+
+    async def _events(self, answer: aiohttp.ClientResponse) -> AsyncGenerator[Written, None]:
         async with aclosing(self._walk(answer)) as walk:
             async for spliced in walk:
-                if data := self._written(spliced):
-                    yield data
+                yield self._written(spliced), len(spliced.piece.token_ids)
 
     async def whole(self, answer: aiohttp.ClientResponse, shape: WholeShape) -> bytes:
         """The same as one answer that is not streamed.

@@ -62,6 +62,12 @@ _Feed: TypeAlias = Annotated[
 _Audit: TypeAlias = Annotated[
     float, typer.Option("--audit", min=0, max=1, help="Share of greedy requests that are checked afterwards.")
 ]
+_ShapeMs: TypeAlias = Annotated[
+    float, typer.Option("--shape-ms", min=0, help="Accelerated streams leave at ticks this far apart; 0: as they come.")
+]
+_ShapeTokens: TypeAlias = Annotated[
+    int | None, typer.Option("--shape-tokens", help="Tokens at each tick of --shape-ms. Default: 1.")
+]
 _Kind: TypeAlias = Annotated[
     KindName | None, typer.Option("--kind", help="Of the upstream, if it does not say so itself.")
 ]
@@ -94,6 +100,8 @@ def sidecar(
     exact_cache: _ExactCache = 0.0,
     feed: _Feed = None,
     audit: _Audit = 0.0,
+    shape_ms: _ShapeMs = 0.0,
+    shape_tokens: _ShapeTokens = None,
     kind: _Kind = None,
     probe_key_env: _ProbeKeyEnv = None,
 ) -> None:
@@ -123,6 +131,7 @@ def sidecar(
         kind=kind,
         probe_key=_key_of(probe_key_env),
         has_cache_salt=cache_salt,
+        pace=_pace_of(service, shape_ms, shape_tokens),
     )
     with listen(host, port) as bound:
         tokens = service.load_tokens(tokenizer)
@@ -130,6 +139,15 @@ def sidecar(
         address, place = bound.getsockname()[:2]
         printing.note(f"relaying http://{address}:{place} to {made.upstream.base}")
         launch.run(made, bound, drain_s=drain)
+
+
+def _pace_of(service: Any, tick_ms: float, num_tokens: int | None) -> Any:
+    """The pace of accelerated streams, or none."""
+    if tick_ms == 0:
+        if num_tokens is not None:
+            raise ConfigError(f"--shape-tokens {num_tokens} needs --shape-ms, the time between two releases")
+        return None
+    return service.PaceOptions(tick_ms / 1e3, 1 if num_tokens is None else num_tokens)
 
 
 def _key_of(variable: str | None) -> str | None:

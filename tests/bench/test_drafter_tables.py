@@ -36,7 +36,7 @@ def test_heads_stand_side_by_side_with_their_difference():
     row = {"text": "code", "shape": "chain of 5", "first": 1.5, "second": 1.625, "difference": -0.125}
     result = {
         "parameters": {"first": 2_690_000, "second": 2_704_000},
-        "prompts": {"code": 3, "edits": 2},
+        "prompts": 3,
         "new_tokens": 8,
     }
     table = diffusion_lengths_table({**result, "rows": [{**row, "interval_95": [-0.2, 0.05]}]})

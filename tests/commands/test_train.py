@@ -51,7 +51,7 @@ def _ids(output: str) -> list[int]:
         (("eagle3", "--layers", "a"), "layers must be numbers"),
         (("eagle3", "--loss", "mse"), "loss must be among"),
         (("eagle3", "--layers", "0,9"), r"layers must be in 0\.\.2, got \(0, 9\)"),
-        (("lm", "--layers", "0,1"), "belong to eagle3"),
+        (("lm", "--layers", "0,1"), "layers belong to heads, not to lm"),
         (("lm", "--num-layers", "3"), "1 to 2 layers"),
         (("lm", "--max-length", "4096"), "context of 256"),
         (("lm", "--epochs", "0"), "epochs must be > 0"),

@@ -120,7 +120,7 @@ def test_captured_states_and_laws_are_the_targets_own(target: Any, tmp_path: Pat
 def test_branches_follow_the_draft_as_it_was_made(target: Any, tmp_path: Path) -> None:
     learner = learner_of(target, counterfactual=0.5)
     learner.export(tmp_path / "head")
-    records = traces(target, f"eagle:{tmp_path / 'head'}?probe=0&top_k=2&depth=3", "features+rejected")
+    records = traces(target, f"eagle:{tmp_path / 'head'}?probe=0&top_k=2&depth=3&min_gain=0", "features+rejected")
     branches = branches_of(records, [0] * len(records), most=16)
     assert branches is not None
     module = learner._trainer.module
@@ -128,7 +128,8 @@ def test_branches_follow_the_draft_as_it_was_made(target: Any, tmp_path: Path) -
     batch = learner._trainer.features.fill(batch_of(records, learner.options, (2, 4, 6), 8))
     with torch.no_grad():
         before = float(module.branch_loss(batch, branches))
-        assert before == pytest.approx(float(_branch_loss_alone(module, batch, branches)), rel=1e-4)
+        # What is left of a law beside its kept tokens is a small difference of sums near one: float32 shows there.
+        assert before == pytest.approx(float(_branch_loss_alone(module, batch, branches)), rel=5e-4)
     for _ in range(12):
         learner.learn(records)
     with torch.no_grad():

@@ -350,7 +350,10 @@ def test_whatever_is_known_and_goes_wrong_the_text_is_the_plain_one(errors, join
 def test_scores_that_contradict_what_the_server_says_end_it_all():
     async def ask(url, up, sidecar):
         raw = asking(max_tokens=60)
-        await exchange(url, raw)
+        for _ in range(20):  # the client's own stream is heard only where it speaks before the continuation takes over
+            await exchange(url, raw)
+            if sidecar.speed.fault:
+                break
         return sidecar, await exchange(url, raw), await exchange(up.url, raw)
 
     sidecar, second, plain = accelerated(

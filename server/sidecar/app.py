@@ -33,6 +33,12 @@ _MAX_COPY = 8 << 20  # bytes of an answer that are kept for whoever reads it aft
 _ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/v1/models")
 
 
+class _HeadWithBody(web.StreamResponse):
+    """Its head waits for the first write, as that of aiohttp's own whole answers does: one packet instead of two."""
+
+    _send_headers_immediately = False
+
+
 class Sidecar:
     """Carries requests to the upstream and answers back.
 
@@ -141,14 +147,15 @@ class Sidecar:
     ) -> web.StreamResponse:
         if answer.status >= 400:
             self.metrics.errors.labels(str(answer.status)).inc()
-        client = await self._begin(request, answer)
+        client = await self._begin(request, answer, is_relayed=job.run is None)
         self.metrics.ttft.observe(perf_counter() - arrived)
         copy: list[bytes] | None = [] if job.wants_copy and answer.status == 200 else None
         num_bytes = 0
         try:
             async with aclosing(self._answer(answer, job)) as pieces:
                 async for piece in pieces:
-                    await client.write(piece)
+                    is_last = job.run is None and _is_read(answer)
+                    await (client.write_eof(piece) if is_last else client.write(piece))
                     if copy is not None:
                         num_bytes += len(piece)
                         copy.append(piece)
@@ -182,8 +189,12 @@ class Sidecar:
             last, was_crowded = now, self.speed.shop.is_crowded
             yield piece
 
-    async def _begin(self, request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
-        client = web.StreamResponse(
+    async def _begin(
+        self, request: web.Request, answer: aiohttp.ClientResponse, *, is_relayed: bool
+    ) -> web.StreamResponse:
+        """Send the head, at once unless some of the body can go along."""
+        is_here = is_relayed and (answer.content.total_bytes > 0 or _is_read(answer))
+        client = (_HeadWithBody if is_here else web.StreamResponse)(
             status=answer.status, reason=answer.reason, headers=end_to_end(answer.headers.items())
         )
         request[_BEGUN] = client
@@ -194,10 +205,14 @@ class Sidecar:
         """The body as it comes; what the client has not taken is not read from the upstream."""
         idle_s = self.options.timeouts.idle_s
         while True:
-            async with asyncio.timeout(idle_s):
-                piece = await answer.content.readany()
+            piece = answer.content.read_nowait()  # all that is here is one write, and needs no timer
             if not piece:
-                return
+                if _is_read(answer):
+                    return
+                async with asyncio.timeout(idle_s):
+                    piece = await answer.content.readany()
+                if not piece:
+                    return
             yield piece
 
     def _refuse(self, status: int, message: str, retry_after: int | None = None) -> web.StreamResponse:
@@ -223,6 +238,11 @@ def _is_stream(answer: aiohttp.ClientResponse) -> bool:
     """Events that can be read as they come."""
     is_events = answer.headers.get("Content-Type", "").startswith("text/event-stream")
     return is_events and "Content-Encoding" not in answer.headers and "Content-Length" not in answer.headers
+
+
+def _is_read(answer: aiohttp.ClientResponse) -> bool:
+    """The whole body came and was read."""
+    return answer.content.at_eof() and answer.content.exception() is None
 
 
 def _route(path: str) -> str:

@@ -125,6 +125,12 @@ def test_every_release_is_on_a_tick_and_of_one_size():
     assert others[-1][1].endswith(b"[DONE]")
 
 
+def test_a_tick_for_which_too_few_are_there_passes_unused():
+    first, *others = released(Foreseeing(()), pace(0.05, 3))  # two or three come in that time
+    assert [data.count(b"<") for _, data in others] == [*[3] * 19, 2]
+    assert all(round((at - first[0]) / 0.05, 6).is_integer() for at, _ in others)
+
+
 def test_a_pace_above_the_plain_streams_shows_as_ticks_that_are_counted():
     plain, ahead = pace(0.012), pace(0.012)
     times = [[at for at, _ in released(guesser, shaped)] for guesser, shaped in

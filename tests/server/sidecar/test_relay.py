@@ -321,3 +321,42 @@ def test_an_upstream_that_is_no_address_is_refused(url):
         Timeouts(idle_s=0)
     with pytest.raises(ConfigError, match="retries"):
         RelayOptions("http://x", retries=-1)
+
+
+def test_what_is_ready_together_goes_out_together():
+    """Head, body and end of an answer that is there in one piece are one write; a stream's head does not wait."""
+
+    class Watched(Sidecar):
+        async def handle(self, request):
+            transport = request.transport
+            write = transport.write
+            transport.write = lambda data: (writes.append(bytes(data)), write(data))
+            return await super().handle(request)
+
+    async def asked(head, later):
+        may_go_on = asyncio.Event()
+
+        async def script(asked, writer):
+            writer.write(head)
+            if later:
+                await may_go_on.wait()
+                writer.write(later)
+
+        writes.clear()
+        async with upstream(script) as up, front(Watched(RelayOptions(up.url))) as url:
+            going = asyncio.ensure_future(exchange(url, request({})))
+            if later:
+                await until(lambda: writes)
+                may_go_on.set()
+            got = await going
+            assert (got.body, got.is_whole) == (b"all of it", True)
+        return list(writes)
+
+    writes: list[bytes] = []
+    (write,) = asyncio.run(asked(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nall of it", b""))
+    assert write.endswith(b"\r\n\r\nall of it")
+    (write,) = asyncio.run(asked(chunked() + piece(b"all ") + piece(b"of it") + b"0\r\n\r\n", b""))
+    assert write.endswith(b"\r\n\r\n9\r\nall of it\r\n0\r\n\r\n")
+    head, rest = asyncio.run(asked(chunked(), piece(b"all of it") + b"0\r\n\r\n"))
+    assert head.endswith(b"\r\n\r\n")
+    assert rest == b"9\r\nall of it\r\n0\r\n\r\n"

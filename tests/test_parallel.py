@@ -117,4 +117,5 @@ def test_quantised_models_draft_without_changing_a_token(tmp_path, quantiser):
     )
     report = check_model(model.eval(), AutoTokenizer.from_pretrained(TINY), options=options)
     assert report.is_lossless, report
-    assert report.path == "tree"
+    # The self-test leaves what bitsandbytes computes on a CPU to the chain path.
+    assert report.path == ("chain" if "bitsandbytes" in quantiser.__name__ else "tree")

@@ -47,7 +47,8 @@ class EngineConfig(BaseModel):
 
     kernels: Literal["auto", "triton", "torch"] = Field(
         default="auto",
-        description="who attends and draws: Triton kernels on a GPU, torch elsewhere, or one of them by name",
+        description="who attends and draws: Triton kernels on a GPU (prompt chunks by flash attention where that is "
+        "the faster one), torch elsewhere, or one of them by name",
     )
 
     graphs: Literal["auto", True, False] = Field(

@@ -15,6 +15,7 @@ from specdec.kernels.launch import Backend
 from specdec.kernels.tree_attention import AttentionKind, tree_attention
 from specdec.kernels.tree_batch import TreeBatch
 from specdec.kv_cache import GroupKey, KVPool
+from specdec.prompt_attention import PromptChunks
 
 __all__ = ["KernelAttention"]
 
@@ -28,6 +29,7 @@ class KernelAttention:
         slots: [T] int64 on the device for each group: where the step's K/V go.
         is_strict: a query's bits depend on its own path only.
         backend: of the attention; the torch reference is for tests.
+        prompts: the step's prompt chunks, where torch's attention may be the faster one; None: all is the kernel's.
     """
 
     def __init__(
@@ -38,12 +40,14 @@ class KernelAttention:
         *,
         is_strict: bool = False,
         backend: Backend = "triton",
+        prompts: PromptChunks | None = None,
     ) -> None:
         self.pool = pool
         self.batches = batches
         self.slots = slots
         self.is_strict = is_strict
         self.backend = backend
+        self.prompts = prompts
         self.num_calls = 0
 
     def attend(
@@ -73,7 +77,15 @@ class KernelAttention:
             softcap=softcap or 0.0,
         )
         rows = query[0].transpose(0, 1)
-        return tree_attention(
-            rows if rows.stride(-1) == 1 else rows.contiguous(), keys, values, self.batches[group_key], kind,
-            sinks=None if sinks is None else sinks.float().contiguous(), is_strict=self.is_strict, backend=self.backend,
-        )[None]  # fmt: skip
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+
+        def by_kernel(some: torch.Tensor, batch: TreeBatch) -> torch.Tensor:
+            return tree_attention(
+                some, keys, values, batch, kind, sinks=None if sinks is None else sinks.float().contiguous(),
+                is_strict=self.is_strict, backend=self.backend,
+            )  # fmt: skip
+
+        batch = self.batches[group_key]
+        if self.prompts is None or mask != "full" or kind.softcap or sinks is not None:
+            return by_kernel(rows, batch)[None]
+        return self.prompts.attend(rows, keys, values, batch, kind.scale, by_kernel)[None]

@@ -19,6 +19,7 @@ from specdec.device_tables import DeviceTables
 from specdec.errors import ConfigError
 from specdec.kernel_attention import KernelAttention
 from specdec.kv_cache import KVPool
+from specdec.prompt_attention import PromptAttention, PromptChunks
 from specdec.step_buffers import Outputs, Step, StepBuffers, StepSizes
 
 __all__ = ["Capture", "Captured", "Forward", "KernelRunner", "capture_cuda_graphs", "capture_if_possible"]
@@ -77,6 +78,7 @@ class KernelRunner:
         buckets: numbers of tokens, ascending; none: everything runs eagerly.
         max_earlier: most nodes of earlier forwards of a step, over all its requests, that a bucket has room for.
         state_width: W of the states that come with every step; 0: none come.
+        prompts: who attends to prompt chunks of eager steps; None: the kernel. Not for strict attention.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class KernelRunner:
         buckets: Sequence[int] = (),
         max_earlier: int = 0,
         state_width: int = 0,
+        prompts: PromptAttention | None = None,
     ) -> None:
         if list(buckets) != sorted(set(buckets)) or (buckets and buckets[0] < 1):
             raise ConfigError(f"buckets must be ascending numbers of tokens from 1 on, got {tuple(buckets)}")
@@ -98,6 +101,7 @@ class KernelRunner:
         self._forward = forward
         self._is_strict = is_strict
         self._state_width = state_width
+        self.prompts = prompts
         self._tables = DeviceTables(pool, 2 * max_batch_size, max_length, device)
         self._sizes = [self._bucket_sizes(tokens, max_batch_size, max_earlier) for tokens in buckets]
         self._captured: dict[int, tuple[StepBuffers, Captured]] = {}  # index into _sizes
@@ -135,7 +139,8 @@ class KernelRunner:
             buffers = self._buffers(needed)
             buffers.put(step, edits)
             columns = max(layout.num_cached + layout.ancestors.shape[1] for layout in step.layouts)
-            return self._launch(buffers, -(-columns // _COLUMN_STEP) * _COLUMN_STEP)
+            prompts = self.prompts.chunks_of(step.layouts) if self.prompts is not None else None
+            return self._launch(buffers, -(-columns // _COLUMN_STEP) * _COLUMN_STEP, prompts)
         self.num_replays += 1
         buffers, captured = self._captured[index]
         buffers.put(step, edits)
@@ -154,11 +159,13 @@ class KernelRunner:
             tokens + max_earlier if self._is_strict else 0,
         )  # fmt: skip
 
-    def _launch(self, buffers: StepBuffers, max_columns: int | None) -> Outputs:
+    def _launch(self, buffers: StepBuffers, max_columns: int | None, prompts: PromptChunks | None = None) -> Outputs:
         on = buffers.device
         self._tables.write(on["edit_places"], on["edit_slots"])
         columns = min(max_columns or self._tables.num_columns, self._tables.num_columns)
-        step = KernelAttention(self._pool, buffers.batches(columns), buffers.slots(), is_strict=self._is_strict)
+        step = KernelAttention(
+            self._pool, buffers.batches(columns), buffers.slots(), is_strict=self._is_strict, prompts=prompts
+        )
         ids, positions, rows = (on[name].long() for name in ("input_ids", "positions", "logit_rows"))
         return self._forward(step, ids, positions, rows, states=buffers.states)
 

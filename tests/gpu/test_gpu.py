@@ -19,6 +19,7 @@ from specdec.kernels.strict_products import strict_matmul, strict_mean
 from specdec.kernels.tree_attention import AttentionKind, tree_attention
 from specdec.kernels.tree_attention_reference import tree_attention_reference
 from specdec.kernels.verify import draw_tokens
+from specdec.prompt_attention import causal_attention
 from specdec.rng import gumbel
 from specdec.tree_target import TreeTarget
 from specdec.types import Request, SamplingParams
@@ -53,6 +54,20 @@ def test_tree_attention_is_as_near_to_float64_as_torch(dtype, rules, heads, node
     for is_strict in (False, True):
         got = tree_attention(query, keys, values, batch, kind, is_strict=is_strict, backend="triton")
         assert (got.double() - exact).abs().max() <= 2 * error + atol
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "tokens", "context"), [((8, 2, 128), 100, 0), ((7, 1, 64), 64, 1000)])
+def test_flash_attention_of_a_prompt_chunk_is_as_near_to_float64_as_torch(dtype, heads, tokens, context):
+    num_heads, num_kv, width = heads
+    batch, _ = attention_batch(1, tokens, context, CUDA, reach=1)
+    kind, num_keys = AttentionKind(scale=width**-0.5), context + tokens
+    query = torch.randn(tokens, num_heads, width, device=CUDA).to(dtype)
+    keys, values = (torch.randn(num_keys, num_kv, width, device=CUDA).to(dtype) for _ in range(2))
+    exact = tree_attention_reference(query.double(), keys.double(), values.double(), batch, kind)
+    error = (tree_attention_reference(query, keys, values, batch, kind).double() - exact).abs().max()
+    got = causal_attention(query, keys, values, batch.slots[0].long(), kind.scale)
+    assert (got.double() - exact).abs().max() <= 2 * error + 4e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -23,6 +23,7 @@ def toy(monkeypatch):
 
 def test_the_kernels_tests_run(fixed_order_products):
     suite.test_tree_attention_is_as_near_to_float64_as_torch(torch.float32, {"window": 9}, (2, 1, 16), 3, 12)
+    suite.test_flash_attention_of_a_prompt_chunk_is_as_near_to_float64_as_torch(torch.bfloat16, (2, 1, 16), 5, 3)
     suite.test_strict_products_are_right_and_do_not_depend_on_the_number_of_rows(torch.float32)
     suite.test_drawn_tokens_have_the_bits_of_the_cpu()
     suite.test_fused_processors_draw_the_tokens_of_torch_s_operations()

@@ -71,7 +71,8 @@ def _app(recorder: Recorder, first_s: float, step_s: float) -> Starlette:
         if "refuse" in text:
             return JSONResponse({"error": "full"}, status_code=503)
         if "hang" in text:
-            await asyncio.sleep(1.5)
+            while not await request.is_disconnected():
+                await asyncio.sleep(0.02)
         return StreamingResponse(pieces(text, body["max_tokens"], is_chat), media_type="text/event-stream")
 
     routes = [Route(f"/v1/{path}", answer, methods=["POST"]) for path in ("completions", "chat/completions")]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from specdec.bench import energy
+from specdec.bench import energy, guards
 from specdec.bench.guards import OthersLoad, guard
 from specdec.bench.results_schema import at_load
 from tests.bench.rows import row
@@ -23,16 +22,17 @@ def stat(file, busy_s: float) -> None:
     file.write_text(f"cpu  {ticks} 0 0 999999 77 0 0 0 0 0\ncpu0 1 1 1 1\n")
 
 
-def test_the_load_of_others_is_what_the_machine_did_less_what_we_did(tmp_path):
-    file = tmp_path / "stat"
+def test_the_load_of_others_is_what_the_machine_did_less_what_we_did(tmp_path, monkeypatch):
+    file, now, own = tmp_path / "stat", [50.0], [7.0]
+    monkeypatch.setattr(guards, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(guards, "_own_s", lambda: own[0])
     stat(file, 100.0)
-    watch, begin, own = OthersLoad(stat=file), time.perf_counter(), time.process_time()
-    while time.process_time() - own < 0.2:  # work of ours
-        pass
-    stat(file, 100.0 + (time.process_time() - own))
-    assert watch.cores() == pytest.approx(0.0, abs=0.15)
-    stat(file, 100.0 + (time.process_time() - own) + 3 * (time.perf_counter() - begin))
-    assert watch.cores() == pytest.approx(3.0, abs=0.3)
+    watch = OthersLoad(stat=file)
+    now[0], own[0] = 60.0, 17.0  # ten seconds, one core of them ours
+    stat(file, 110.0)
+    assert watch.cores() == pytest.approx(0.0, abs=0.01)
+    stat(file, 140.0)
+    assert watch.cores() == pytest.approx(3.0, abs=0.01)
     assert OthersLoad(stat=tmp_path / "none").cores() is None
 
 

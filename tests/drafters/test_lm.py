@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from specdec.build import VERIFIERS, build_engine, name_drafter
 from specdec.drafters.checkpoint import PendingDrafter, parse_name
+from specdec.drafters.draft_costs import DraftCosts
 from specdec.drafters.draft_model import DraftModel
 from specdec.drafters.lm import LmDrafter
+from specdec.drafters.tree_search import LevelCosts
 from specdec.errors import ConfigError, LoadError, UnsupportedError
 from specdec.types import Request, RequestOutput, SamplingParams
 from tests.tiny_models import byte_tokenizer, tiny_llama
@@ -90,6 +92,21 @@ def test_a_batch_drafts_what_each_request_alone_would(target: LlamaForCausalLM, 
         alone = last_outputs(build_engine(target, f"lm:{saved}", budget=5), [request])
         a, b = alone[request.request_id].state, together[request.request_id].state
         assert (a.num_drafted, a.num_accepted) == (b.num_drafted, b.num_accepted)
+
+
+def test_measured_costs_end_drafts_and_change_no_text(
+    target: LlamaForCausalLM, saved: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drafted(costs: Callable[[object], LevelCosts | None]) -> int:
+        monkeypatch.setattr(DraftCosts, "costs", property(costs))
+        outputs = last_outputs(build_engine(target, f"lm:{saved}", budget=6), requests(temperature=0.7))
+        assert texts(outputs) == plain
+        return sum(output.state.num_drafted for output in outputs.values())
+
+    plain = texts(last_outputs(build_engine(target, "none", budget=0), requests(temperature=0.7)))
+    luck = np.random.default_rng(0)
+    free, dear = drafted(lambda _: LevelCosts(0.0, 1.0)), drafted(lambda _: LevelCosts(10.0, 1.0))
+    assert dear < drafted(lambda _: LevelCosts(luck.choice([0.0, 10.0]), 1.0)) < free
 
 
 def test_the_target_as_its_own_drafter_is_always_right_greedy_and_sampled(

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec.kernels.distillation_reference import FLOOR, LOSSES, distillation_loss_reference
-from specdec.kernels.launch import Backend, check_tensor, uses_triton
+from specdec.kernels.launch import Backend, check_tensor, on_own_device, uses_triton
 
 __all__ = ["distillation_loss"]
 
@@ -33,6 +33,7 @@ _BLOCK = 4096
 _FLOOR = tl.constexpr(FLOOR)
 
 
+@on_own_device
 def distillation_loss(student: Tensor, teacher: Tensor, loss: str, *, backend: Backend = "auto") -> Tensor:
     """The loss of every row; differentiable in the student's logits.
 

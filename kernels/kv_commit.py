@@ -11,13 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.launch import Backend, check_tensor, uses_triton
+from specdec.kernels.launch import Backend, check_tensor, on_own_device, uses_triton
 
 __all__ = ["MAX_RESERVED", "kv_commit", "kv_commit_reference"]
 
 MAX_RESERVED = 1024  # reserved slots of one request: one program holds them all
 
 
+@on_own_device
 def kv_commit(
     slots: Tensor, lengths: Tensor, kept: Tensor, cu_reserved: Tensor, *, max_reserved: int, backend: Backend = "auto"
 ) -> None:

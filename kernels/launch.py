@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Backend", "check_tensor", "interpreted_in_order", "uses_triton"]
+__all__ = ["Backend", "check_tensor", "interpreted_in_order", "on_own_device", "uses_triton"]
 
 Backend: TypeAlias = Literal["auto", "triton", "torch"]
 logger = logging.getLogger(__name__)
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 _GPU_TYPES = ("cuda", "xpu")  # AMD's devices call themselves cuda
 
@@ -50,6 +52,20 @@ def uses_triton(backend: Backend, device: torch.device) -> bool:
     if not can_run:
         _warn_once(device.type)
     return can_run
+
+
+def on_own_device(launcher: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Let a launcher work where its first argument, a tensor, lies: Triton takes the current device."""
+
+    @wraps(launcher)
+    def launch(*args: Parameters.args, **options: Parameters.kwargs) -> Result:
+        first: Any = args[0]
+        if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
+            return launcher(*args, **options)
+        with torch.cuda.device(first.device):
+            return launcher(*args, **options)
+
+    return launch
 
 
 @contextmanager

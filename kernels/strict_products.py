@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.launch import Backend, check_tensor, uses_triton
+from specdec.kernels.launch import Backend, check_tensor, on_own_device, uses_triton
 
 __all__ = ["ROWS", "strict_matmul", "strict_mean"]
 
@@ -22,6 +22,7 @@ _BLOCK = 1024  # terms of a mean that are added at a time
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@on_own_device
 def strict_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: Backend = "auto") -> Tensor:
     """``x @ weight.T + bias``, a row's bits depending on that row, the weight and the bias only.
 
@@ -74,6 +75,7 @@ def _tiling(num_columns: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+@on_own_device
 def strict_mean(x: Tensor, *, backend: Backend = "auto") -> Tensor:
     """The mean over the last dimension, a row's bits depending on that row only.
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specdec.kernels.launch import Backend, check_tensor, uses_triton
+from specdec.kernels.launch import Backend, check_tensor, on_own_device, uses_triton
 
 __all__ = ["MAX_K", "top_k", "top_k_reference"]
 
@@ -19,6 +19,7 @@ MAX_K = 64
 _BLOCK = 4096
 
 
+@on_own_device
 def top_k(logits: Tensor, k: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """The largest logits of every row.
 

@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from specdec.kernels.launch import Backend, check_tensor, uses_triton
+from specdec.kernels.launch import Backend, check_tensor, on_own_device, uses_triton
 from specdec.kernels.tree_attention_reference import tree_attention_reference
 from specdec.kernels.tree_attention_triton import attend, merge
 from specdec.kernels.tree_batch import TreeBatch
@@ -54,6 +54,7 @@ class AttentionKind:
     softcap: float = 0.0
 
 
+@on_own_device
 def tree_attention(
     query: Tensor,
     keys: Tensor,

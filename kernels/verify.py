@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specdec.kernels.keyed_noise import add_noise, noise_reference
-from specdec.kernels.launch import Backend, check_tensor, uses_triton
+from specdec.kernels.launch import Backend, check_tensor, on_own_device, uses_triton
 from specdec.kernels.node_laws import NUM_FIELDS, NodeLaws, scores_reference
 from specdec.kernels.node_scores import node_scores
 from specdec.kernels.truncation import find_floors, keep_in_nucleus
@@ -31,6 +31,7 @@ _NEVER = tl.constexpr(2147483647)
 _FIELDS = tl.constexpr(NUM_FIELDS)
 
 
+@on_own_device
 def draw_tokens(logits: Tensor, laws: NodeLaws, *, backend: Backend = "auto") -> Tensor:
     """The target's token after every node, with the bits of ``specdec.rng.gumbel_argmax``.
 
@@ -88,6 +89,7 @@ def draw_tokens_reference(logits: Tensor, laws: NodeLaws) -> Tensor:
     return torch.where(is_drawn[:, None], scores + noise, scores).argmax(-1).to(torch.int32)
 
 
+@on_own_device
 def verify_trees(
     logits: Tensor, token_ids: Tensor, parents: Tensor, cu_nodes: Tensor, laws: NodeLaws, *, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

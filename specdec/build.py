@@ -34,7 +34,7 @@ from specdec.kernels.launch import uses_triton
 from specdec.memory import free_bytes
 from specdec.online_training.registry_kind import registry_kind
 from specdec.packed_linear import pack_linears, packing_obstacle, unpack_linears
-from specdec.placement import device_of
+from specdec.placement import device_of, is_split
 from specdec.plain_target import PlainTarget
 from specdec.protocols import Controller, Drafter, Draws, Observer, TargetModel, Verifier
 from specdec.ranks import AgreedController, from_rank_0, is_spread
@@ -44,7 +44,7 @@ from specdec.sampling import Sampler
 from specdec.step_buffers import BUCKETS
 from specdec.strict import require_same_bits, require_strict_path
 from specdec.threads import warn_of_threads
-from specdec.tree_target import TreeTarget, kv_bytes_per_token
+from specdec.tree_target import TreeTarget, kv_bytes_by_device
 from specdec.verifier.match import MatchVerifier
 from specdec.verifier.ratio_rules import RULES
 from specdec.verifier.rejection import RejectionVerifier
@@ -148,9 +148,11 @@ def load_drafter(
     Raises:
         ConfigError: as ``name_drafter``.
         LoadError: the checkpoint cannot be read, or does not fit the target.
-        UnsupportedError: the model in it cannot draft.
+        UnsupportedError: the model in it cannot draft, or the target runs on several devices and would lend it weights.
     """
     named = name_drafter(drafter, **options)
+    if is_split(model) and isinstance(named, PendingDrafter) and not named.name.startswith("lm:"):
+        raise UnsupportedError(f"{named.name} reads weights of the target, which must run on one device for that")
     return named.load(model, tokenizer, _draws_for(verifier)) if isinstance(named, PendingDrafter) else named
 
 
@@ -230,8 +232,8 @@ def build_target(
         raise UnsupportedError(f'kernels="triton" needs the tree path, but this model takes the {route.kind} path')
     if route.kind == "plain":
         return PlainTarget(model, max_length=max_length, max_draft_tokens=num_drafts)
-    per_token = kv_bytes_per_token(route.calls, model.dtype)
-    kv_tokens = _kv_tokens(per_token, device, config, max_length)
+    per_token = kv_bytes_by_device(route.calls, model.dtype) or {device: 0}
+    kv_tokens = min(_kv_tokens(count, place, config, max_length) for place, count in per_token.items())
     kv_tokens = from_rank_0(kv_tokens) if is_spread(model) else kv_tokens
     if route.kind == "chain":
         return ChainTarget(model, kv_tokens=kv_tokens, max_length=max_length, max_draft_tokens=num_drafts)

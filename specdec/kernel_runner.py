@@ -8,18 +8,21 @@ the same code on buffers of its own size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from specdec.attention import AttentionStep
 from specdec.device_tables import DeviceTables
 from specdec.errors import ConfigError
 from specdec.kernel_attention import KernelAttention
-from specdec.kv_cache import KVPool
+from specdec.kernels.tree_batch import TreeBatch
+from specdec.kv_cache import GroupKey, KVPool
 from specdec.prompt_attention import PromptAttention, PromptChunks
+from specdec.split_attention import SplitAttention, batch_on
 from specdec.step_buffers import Outputs, Step, StepBuffers, StepSizes
 
 __all__ = ["Capture", "Captured", "Forward", "KernelRunner", "capture_cuda_graphs", "capture_if_possible"]
@@ -35,7 +38,7 @@ class Forward(Protocol):
 
     def __call__(
         self,
-        step: KernelAttention,
+        step: AttentionStep,
         input_ids: Tensor,
         positions: Tensor,
         logit_rows: Tensor,
@@ -73,7 +76,7 @@ class KernelRunner:
         forward: the model.
         max_length: most tokens of a request, drafts included.
         max_batch_size: most requests of a step in a bucket.
-        device: of model and pool.
+        device: of the model's inputs; the pool's, unless that lies on several.
         is_strict: a token's bits depend on its own path only.
         buckets: numbers of tokens, ascending; none: everything runs eagerly.
         max_earlier: most nodes of earlier forwards of a step, over all its requests, that a bucket has room for.
@@ -163,11 +166,25 @@ class KernelRunner:
         on = buffers.device
         self._tables.write(on["edit_places"], on["edit_slots"])
         columns = min(max_columns or self._tables.num_columns, self._tables.num_columns)
-        step = KernelAttention(
-            self._pool, buffers.batches(columns), buffers.slots(), is_strict=self._is_strict, prompts=prompts
-        )
+        step = self._attention(buffers.batches(columns), buffers.slots(), prompts)
         ids, positions, rows = (on[name].long() for name in ("input_ids", "positions", "logit_rows"))
         return self._forward(step, ids, positions, rows, states=buffers.states)
+
+    def _attention(
+        self, batches: Mapping[GroupKey, TreeBatch], slots: Mapping[GroupKey, Tensor], prompts: PromptChunks | None
+    ) -> AttentionStep:
+        places = self._pool.device_of_call
+        if len(set(places)) == 1:
+            return KernelAttention(self._pool, batches, slots, is_strict=self._is_strict, prompts=prompts)
+        steps = {
+            place: KernelAttention(
+                self._pool,
+                {key: batch_on(batch, place) for key, batch in batches.items()},
+                {key: rows.to(place) for key, rows in slots.items()},
+            )
+            for place in set(places)
+        }
+        return SplitAttention(steps, places)
 
 
 def capture_if_possible(runner: KernelRunner, device: torch.device, name: str) -> None:
@@ -206,7 +223,7 @@ def capture_cuda_graphs(device: torch.device) -> Capture:
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_reserved(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
             outputs = launch()
 
         def replay() -> Outputs:

@@ -11,7 +11,7 @@ see: in memory, too, such a layer keeps its window only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -67,6 +67,7 @@ class KVGroup:
         key: mask kind and size.
         calls: ordinal of each attention call in the forward -> its geometry.
         num_slots: tokens that the group can hold, the trash slot included.
+        devices: ordinal -> where the call's K and V lie.
         keep_runs: try to keep each request in one run of slots (CPU attention).
     """
 
@@ -77,7 +78,7 @@ class KVGroup:
         num_slots: int,
         *,
         dtype: torch.dtype,
-        device: torch.device,
+        devices: Mapping[int, torch.device],
         keep_runs: bool,
     ) -> None:
         self.key = key
@@ -88,11 +89,11 @@ class KVGroup:
         self.values: dict[int, torch.Tensor] = {}  # call ordinal -> [num_slots, Hkv, Dv]
         # Rows of equal width share one storage, so that moving a token in all of them is one operation.
         self._storages: list[torch.Tensor] = []
-        by_width: dict[tuple[int, int], list[tuple[dict[int, torch.Tensor], int]]] = {}
+        by_width: dict[tuple[int, int, torch.device], list[tuple[dict[int, torch.Tensor], int]]] = {}
         for ordinal, shape in calls.items():
             for rows, width in ((self.keys, shape.key_dim), (self.values, shape.value_dim)):
-                by_width.setdefault((shape.num_kv_heads, width), []).append((rows, ordinal))
-        for (num_heads, width), owners in by_width.items():
+                by_width.setdefault((shape.num_kv_heads, width, devices[ordinal]), []).append((rows, ordinal))
+        for (num_heads, width, device), owners in by_width.items():
             # Zeros, not garbage: a masked NaN would still poison the product with the values.
             storage = torch.zeros(len(owners), num_slots, num_heads, width, dtype=dtype, device=device)
             self._storages.append(storage)
@@ -230,8 +231,10 @@ class KVGroup:
 
     def _move(self, source: IntArray, target: IntArray) -> None:
         """Copy rows in every call's storage. Gather, then scatter: a target may be another row's source."""
-        src, dst = (torch.from_numpy(x.astype(np.int64)).to(self._storages[0].device) for x in (source, target))
+        places = torch.from_numpy(np.stack((source, target)).astype(np.int64))
+        on = {device: places.to(device) for device in {storage.device for storage in self._storages}}
         for storage in self._storages:
+            src, dst = on[storage.device]
             storage.index_copy_(1, dst, storage.index_select(1, src))
 
 
@@ -243,6 +246,8 @@ class KVPool:
         num_tokens: tokens that a full-attention group can hold over all requests.
         num_live_requests: most requests at a time; sizes the groups that forget.
         num_step_tokens: most query tokens of one step, likewise.
+        device: of a model's inputs, and of all K and V unless ``devices`` says otherwise.
+        devices: where the K and V of each call lie.
         keep_runs: try to keep each request in one run of slots; None: on a CPU, whose attention then reads in place.
     """
 
@@ -255,6 +260,7 @@ class KVPool:
         num_step_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        devices: Sequence[torch.device] | None = None,
         keep_runs: bool | None = None,
     ) -> None:
         by_group: dict[GroupKey, dict[int, CallShape]] = {}
@@ -262,13 +268,15 @@ class KVPool:
             by_group.setdefault(key, {})[ordinal] = shape
         self.num_tokens, self.dtype, self.device = num_tokens, dtype, device
         self.group_of_call = [key for key, _ in shapes]
+        self.device_of_call = list(devices) if devices is not None else [device] * len(shapes)
         self.groups: dict[GroupKey, KVGroup] = {}
         for key, calls in by_group.items():
             # Twice the windows: a request that slides through its slots moves back only once per window.
             windows = 2 * num_live_requests * key[1] + num_step_tokens
             held = num_tokens if key[0] == "full" else min(num_tokens, windows)
             runs = device.type == "cpu" if keep_runs is None else keep_runs
-            self.groups[key] = KVGroup(key, calls, held + 1, dtype=dtype, device=device, keep_runs=runs)
+            places = {ordinal: self.device_of_call[ordinal] for ordinal in calls}
+            self.groups[key] = KVGroup(key, calls, held + 1, dtype=dtype, devices=places, keep_runs=runs)
 
     def __contains__(self, request_id: str) -> bool:
         """True if a request holds anything."""

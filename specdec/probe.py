@@ -68,6 +68,7 @@ class CallSpec:
             ``key // C == query // C``. None otherwise.
         layer_name: qualified name of the calling module.
         extra_kwargs: names of keyword arguments with a value that we do not know.
+        device: of the query.
     """
 
     num_query_heads: int
@@ -81,6 +82,7 @@ class CallSpec:
     window: int | None
     layer_name: str
     extra_kwargs: tuple[str, ...] = ()
+    device: torch.device = field(default=torch.device("cpu"), compare=False)
 
 
 @dataclass(slots=True)
@@ -138,6 +140,7 @@ def _probe_attention(
             window=window,
             layer_name=recorder.layer_names.get(module, type(module).__name__),
             extra_kwargs=tuple(unknown),
+            device=query.device,
         )
     )
     return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None

@@ -156,7 +156,7 @@ class StepBuffers:
         if self.states is not None and step.states is not None:
             self.states[: len(step.states)].copy_(step.states)  # on the device; fillers read what lay there before
         if self._sent is not None:
-            self._sent.record()
+            self._sent.record(torch.cuda.current_stream(self.tables.device))
 
     def _values(
         self, step: Step, edits: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]

@@ -27,6 +27,7 @@ from specdec.prefix_cache import PrefixCache
 from specdec.prompt_attention import PromptAttention, device_timer
 from specdec.query_layout import QueryLayout
 from specdec.readings import HiddenStates, Successors
+from specdec.split_attention import SplitAttention
 from specdec.step_buffers import Outputs, Step
 from specdec.strict_operations import StrictOperations
 from specdec.types import Chunk, RequestState, TargetOutput
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from specdec.kernel_runner import KernelRunner
 from specdec.probe import CallSpec
 
-__all__ = ["TreeTarget", "group_key", "kv_bytes_per_token"]
+__all__ = ["TreeTarget", "group_key", "kv_bytes_by_device"]
 
 
 def group_key(call: CallSpec) -> GroupKey:
@@ -47,16 +48,19 @@ def group_key(call: CallSpec) -> GroupKey:
     return (call.mask_kind, call.window or 0)
 
 
-def kv_bytes_per_token(calls: Sequence[CallSpec], dtype: torch.dtype) -> int:
-    """Bytes of K and V that one token takes over all attention calls."""
-    return sum(c.num_kv_heads * (c.key_dim + c.value_dim) for c in calls) * dtype.itemsize
+def kv_bytes_by_device(calls: Sequence[CallSpec], dtype: torch.dtype) -> dict[torch.device, int]:
+    """Bytes of K and V that one token takes over the attention calls of each device."""
+    found: dict[torch.device, int] = {}
+    for c in calls:
+        found[c.device] = found.get(c.device, 0) + c.num_kv_heads * (c.key_dim + c.value_dim) * dtype.itemsize
+    return found
 
 
 class TreeTarget:
     """A ``TargetModel`` over any causal LM whose attention goes through transformers' attention interface.
 
     Args:
-        model: in evaluation mode; on one device.
+        model: in evaluation mode; K and V of each layer lie on the layer's device.
         calls: what the probe saw, one entry per attention call of a forward.
         kv_tokens: tokens that the pool holds over all requests.
         max_length: most tokens of one request.
@@ -117,6 +121,11 @@ class TreeTarget:
         self.num_successors = min(num_successors, self.vocab_size)
         self.device = device_of(model)
         self.dtype = _kv_dtype(model)
+        self.is_split = len({call.device for call in calls}) > 1
+        if self.is_split and (is_strict or hidden_layers):
+            raise UnsupportedError(
+                "layers on several devices serve default numerics, and drafters that read no hidden states"
+            )
         uses_kernels = _uses_kernels(kernels, self.device, self.dtype)
         self.pool = KVPool(
             [(group_key(c), CallShape(c.num_kv_heads, c.key_dim, c.value_dim)) for c in calls],
@@ -125,6 +134,7 @@ class TreeTarget:
             num_step_tokens=max_step_tokens + max_batch_size * (self.max_draft_tokens + 1),
             dtype=self.dtype,
             device=self.device,
+            devices=[call.device for call in calls],
             keep_runs=False if uses_kernels else None,
         )
         self.early_exit: EarlyExit | None = None
@@ -136,16 +146,16 @@ class TreeTarget:
         if uses_kernels:
             from specdec.kernel_runner import KernelRunner  # imports Triton, which is not everywhere
 
-            may_choose = kernels == "auto" and not is_strict and self.device.type == "cuda"
+            may_choose = kernels == "auto" and not is_strict and self.device.type == "cuda" and not self.is_split
             self.runner = KernelRunner(
                 self.pool, self._forward, max_length=max_length + self.max_draft_tokens + 1,
                 max_batch_size=max_batch_size, device=self.device, is_strict=is_strict, buckets=buckets,
                 max_earlier=max_earlier, prompts=PromptAttention(device_timer(self.device)) if may_choose else None,
             )  # fmt: skip
         self._num_query_groups = [c.num_query_heads // c.num_kv_heads for c in calls]
-        self._masks: dict[tuple[GroupKey, int], TailMasks] = {}
+        self._masks: dict[torch.device, dict[tuple[GroupKey, int], TailMasks]] = {}
         accepted = inspect.signature(model.forward).parameters
-        self._keeps_logits = "logits_to_keep" in accepted
+        self._keeps_logits = "logits_to_keep" in accepted and not self.is_split  # they lie on the main device
         self._taps = HiddenTaps.of(model, self.hidden_layers) if self.hidden_layers else None
         # A ready 4-D mask goes through every mask builder untouched; without one, each forward looks for packed
         # sequences in the position ids, which costs a synchronisation.
@@ -166,6 +176,8 @@ class TreeTarget:
         """
         if self.runner is None or self.device.type != "cuda":
             raise UnsupportedError(f"CUDA graphs need the Triton kernels on a CUDA device, not {self.device}")
+        if self.is_split:
+            raise UnsupportedError("CUDA graphs need all layers on one device")
         from specdec.kernel_runner import capture_cuda_graphs
 
         try:
@@ -234,9 +246,9 @@ class TreeTarget:
             UnsupportedError: the numerics are strict, drafters read states, which dropped rows have not, or our
                 kernels run the step, whose buffers have a fixed shape.
         """
-        if self.is_strict or self.hidden_layers or self.runner is not None:
+        if self.is_strict or self.hidden_layers or self.runner is not None or self.is_split:
             raise UnsupportedError(
-                "early pruning needs numerics='default', no kernels, and drafters that read no hidden states"
+                "early pruning needs numerics='default', one device, no kernels, and no drafter that reads states"
             )
         self.early_exit = early
 
@@ -278,12 +290,18 @@ class TreeTarget:
         """
         if self.runner is not None:
             return self.runner.run(Step(layouts, input_ids, positions, logit_rows))
-        step = StepAttention(
-            self.pool, layouts, self._num_query_groups, dtype=self.dtype, device=self.device, masks=self._masks,
-            is_strict=self.is_strict,
-        )  # fmt: skip
         ids, places = (torch.from_numpy(x).to(self.device) for x in (input_ids, positions))
         rows = torch.tensor(logit_rows, device=self.device)  # a copy: pruning rewrites it
+        steps = {
+            place: StepAttention(
+                self.pool, layouts, self._num_query_groups, dtype=self.dtype, device=place,
+                masks=self._masks.setdefault(place, {}), is_strict=self.is_strict,
+            )
+            for place in set(self.pool.device_of_call)
+        }  # fmt: skip
+        if self.is_split:
+            return self._forward(SplitAttention(steps, self.pool.device_of_call), ids, places, rows)
+        (step,) = steps.values()
         with pruning(step, rows) if pruning else nullcontext():
             return self._forward(step, ids, places, rows)
 

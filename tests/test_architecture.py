@@ -24,7 +24,7 @@ LAYERS = [
     "specdec.verifier.* specdec.drafters.* specdec.mask_laws specdec.probe specdec.kv_slots specdec.kv_cache"
     " specdec.prefix_cache specdec.packed_linear specdec.query_layout specdec.strict_attention specdec.strict"
     " specdec.device_tables specdec.step_buffers specdec.kernel_attention specdec.kernel_runner"
-    " specdec.prompt_attention"
+    " specdec.prompt_attention specdec.split_attention"
     " specdec.strict_operations specdec.flat_batch specdec.ranks"
     " specdec.attention specdec.early_exit specdec.tree_target specdec.chain_target specdec.plain_target"
     " specdec.row_forward specdec.reference specdec.self_test specdec.routes specdec.controller specdec.trace"

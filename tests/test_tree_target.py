@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from specdec.errors import ConfigError, InternalError
 from specdec.probe import probe
-from specdec.tree_target import TreeTarget, group_key, kv_bytes_per_token
+from specdec.tree_target import TreeTarget, group_key, kv_bytes_by_device
 from specdec.types import Chunk, DraftTree, Request, RequestState, SamplingParams
 from tests.oracles import random_tree
 
@@ -293,6 +293,6 @@ def test_a_model_that_makes_fewer_calls_than_the_probe_saw_is_an_error() -> None
 def test_bytes_per_token_count_keys_and_values_of_all_calls() -> None:
     model = make_model("llama")
     calls = probe(model)
-    assert kv_bytes_per_token(calls, torch.float32) == 2 * 2 * (8 + 8) * 4
-    assert kv_bytes_per_token(calls, torch.bfloat16) == 2 * 2 * (8 + 8) * 2
+    assert kv_bytes_by_device(calls, torch.float32) == {torch.device("cpu"): 2 * 2 * (8 + 8) * 4}
+    assert kv_bytes_by_device(calls, torch.bfloat16) == {torch.device("cpu"): 2 * 2 * (8 + 8) * 2}
     assert {group_key(call) for call in calls} == {("full", 0)}

@@ -6,7 +6,9 @@ of the torch reference in the same precision, plus ``ATOL``, a few roundings of 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import torch
 from specdec.kernels.distillation import distillation_loss
 from specdec.kernels.distillation_reference import LOSSES, distillation_loss_reference
 from specdec.kernels.kv_commit import kv_commit, kv_commit_reference
-from specdec.kernels.launch import uses_triton
+from specdec.kernels.launch import on_own_device, uses_triton
 from specdec.kernels.top_k import top_k, top_k_reference
 from specdec.kernels.tree_attention import AttentionKind, tree_attention
 from specdec.kernels.tree_attention_reference import tree_attention_reference
@@ -257,3 +259,13 @@ def test_a_device_without_triton_says_so_once_or_raises_if_asked_by_name(monkeyp
         uses_triton("triton", torch.device("cpu"))
     with pytest.raises(ValueError, match="backend must be auto, triton or torch, got 'cuda'"):
         uses_triton("cuda", torch.device("cpu"))
+
+
+def test_a_launcher_runs_where_its_first_tensor_lies(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: (entered.append(device.index), nullcontext())[1])
+    launch = on_own_device(lambda tensor, more: more)
+    for name in ("cpu", "cuda:0", "cuda:1"):
+        assert launch(SimpleNamespace(device=torch.device(name)), name) == name
+    assert entered == [1]

@@ -75,7 +75,8 @@ _TRIE_CALLS = 60  # a saved trie is counted anew when it is loaded
 
 def use_clock(clock: Callable[[], float]) -> None:
     """Let the engine, the drafters, the controller and the arms read another clock, in seconds."""
-    for module in ("specdec.engine", "specdec.drafters.fusion", "specdec.bench.arms", "specdec.cost_measure"):
+    readers = ("engine", "device_work", "drafters.fusion", "bench.arms", "cost_measure")
+    for module in (f"specdec.{name}" for name in readers):
         vars(importlib.import_module(module))["perf_counter"] = clock
     (AdaptiveController.__init__.__kwdefaults__ or {})["clock"] = clock
 

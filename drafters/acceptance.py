@@ -124,18 +124,20 @@ class AcceptanceModel:
         offset = self._offsets.get(request_id, 0.0)
         return MergedTree(*arrays, *price_nodes(parents, depths, masks, margins, self.weights, offset))
 
-    def learn(self, request_id: str, merged: MergedTree, truth: IntArray) -> IntArray:
+    def learn(self, request_id: str, merged: MergedTree, truth: IntArray, accepted: int | None = None) -> IntArray:
         """Learn what became of a tree; [8] int32: accepted tokens that only each source had.
 
         Args:
             request_id: whose.
             merged: what ``merge`` gave for it.
             truth: [G] int32: the tokens that the target chose behind the root.
+            accepted: how many of them were draft tokens that were verified; None: all that the tree had.
         """
         extra = np.zeros(8, dtype=np.int32)
         self._offsets[request_id] = learn_outcomes(
             merged.token_ids, merged.parents, merged.depths, merged.masks, merged.margins, merged.chances, truth,
-            self.weights, self._squares, self._offsets.get(request_id, 0.0), self._bins, extra,
+            len(truth) if accepted is None else accepted, self.weights, self._squares,
+            self._offsets.get(request_id, 0.0), self._bins, extra,
         )  # fmt: skip
         return extra
 

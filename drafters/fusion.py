@@ -24,8 +24,12 @@ __all__ = ["FusedDrafter"]
 
 _LEVELS = 4  # buckets of what the sources before already promise: under 0.5, 1, 2 tokens, more
 _EDGES = (0.5, 1.0, 2.0)
-_NEWEST = 0.05  # share of a new observation of gains and times
-_FIRST_GAIN = 1.0  # accepted tokens that a source is believed to add before it was tried
+_NEWEST = 0.05  # share of a new observation of times
+# Text is copied in stretches: a source adds nothing for dozens of steps and then several tokens in one. Its gain is a
+# mean over hundreds of steps, or a lull would end the source.
+_NEWEST_GAIN = 0.005
+_FIRST_GAIN = 1.0  # accepted tokens that a source is believed to add before it was tried,
+_FIRST_WEIGHT = 4.0  # as if seen in so many steps
 _TRIALS = 24  # steps that a source is always asked at first
 _FIRST_CALLS = 8
 _OUTLIER = 4.0  # a call that took so many times what was expected was disturbed, and counts as this much
@@ -40,6 +44,7 @@ class _Source:
     name: str
     drafter: Drafter
     gains: list[float] = field(default_factory=lambda: [_FIRST_GAIN] * _LEVELS)  # by what others promise
+    num_gains: list[float] = field(default_factory=lambda: [_FIRST_WEIGHT] * _LEVELS)
     ms_fixed: float = 0.0  # per call
     ms_each: float = 0.0  # per request
     num_calls: int = 0
@@ -67,7 +72,8 @@ class _Source:
 
     def note_gain(self, level: int, gain: float) -> None:
         """One request got ``gain`` accepted tokens that nobody else had."""
-        self.gains[level] += _NEWEST * (gain - self.gains[level])
+        self.num_gains[level] += 1
+        self.gains[level] += max(_NEWEST_GAIN, 1 / self.num_gains[level]) * (gain - self.gains[level])
 
 
 @dataclass(slots=True, eq=False)
@@ -185,12 +191,15 @@ class FusedDrafter:
         # The best n requests are asked, for the n whose gain is most above its price.
         price = self.costs.tokens_per_ms
         order = sorted(range(len(rows)), key=lambda i: -source.gains[levels[i]])
-        gains = np.cumsum([source.gains[levels[i]] for i in order])
-        surplus = gains - price * (source.ms_fixed + source.ms_each * np.arange(1, len(rows) + 1))
-        best = int(surplus.argmax())
-        if surplus[best] > 0:
+        surplus = best = -price * source.ms_fixed
+        count = 0
+        for number, i in enumerate(order, start=1):
+            surplus += source.gains[levels[i]] - price * source.ms_each
+            if surplus > best:
+                best, count = surplus, number
+        if count and best > 0:
             source.pause, source.resting = 1, 0
-            return sorted(rows[i] for i in order[: best + 1])
+            return sorted(rows[i] for i in order[:count])
         if source.resting > 0:
             source.resting -= 1
             return []
@@ -206,7 +215,8 @@ class FusedDrafter:
             extra = np.zeros(MAX_SOURCES, dtype=np.int32)
             if pending.merged is not None:
                 truth = np.append(event.result.accepted_ids, np.int32(event.result.bonus_id)).astype(np.int32)
-                extra = self.acceptance.learn(event.state.request_id, pending.merged, truth)
+                accepted = len(event.result.accepted_ids)
+                extra = self.acceptance.learn(event.state.request_id, pending.merged, truth, accepted)
             for number, level in pending.asked:
                 self._sources[number].note_gain(level, float(extra[number]))
         for source in self._sources:

@@ -134,6 +134,7 @@ def learn_outcomes(
     margins: FloatArray,
     chances: FloatArray,
     truth: IntArray,
+    accepted: int,
     weights: FloatArray,
     squares: FloatArray,
     offset: float,
@@ -154,17 +155,17 @@ def learn_outcomes(
         margins: [N, 8] float32.
         chances: [N] float32 that were predicted, before siblings were made to share.
         truth: [G] int32: the tokens that the target chose from here on.
+        accepted: how many of them were draft tokens; a node that was right and not verified brought nothing.
         weights: [256, DEPTHS, 9] float32.
         squares: the same shape: decayed sums of squared gradients, which scale each step (AdaGrad).
         offset: log-odds of this request.
         bins: [256, NUM_BINS, 3] float64: by mask and prediction: outcomes, sum of predictions, hits.
-        extra: [8] int32, written: how many tokens of the true path would be lost without each source.
+        extra: [8] int32, written: how many accepted tokens would be lost without each source.
 
     Returns:
         The request's new offset.
     """
-    node = 0
-    length = 0
+    node, length = 0, 0
     lost_from = np.full(8, -1, dtype=np.int32)
     for place in range(len(truth)):
         found = -1
@@ -203,7 +204,7 @@ def learn_outcomes(
                 lost_from[source] = length
         length += 1
     for source in range(8):
-        extra[source] = length - lost_from[source] if lost_from[source] >= 0 else 0
+        extra[source] = max(min(length, accepted) - lost_from[source], 0) if lost_from[source] >= 0 else 0
     return offset
 
 

@@ -83,36 +83,26 @@ class AdaptiveController:
         return [most if planned else 0 for planned in self._planned]
 
     def admit(self, states: Sequence[RequestState], trees: Sequence[DraftTree]) -> Sequence[DraftTree]:
-        total = sum(tree.num_draft_tokens for tree in trees)
-        if total == 0:
-            self._judge(states, trees)
+        if not trees:
             return trees
-        values = np.concatenate(
-            [self._weight(state) * _node_values(tree)[1:] for state, tree in zip(states, trees, strict=True)]
-        )
-        order = np.argsort(-values, kind="stable")
-        size = self.budget.choose(values[order])
-        if size == total:
-            self._judge(states, trees)
-            return trees
-        chosen = np.zeros(total, dtype=np.bool_)
-        chosen[order[:size]] = True
+        values = [self._weight(state) * _node_values(tree)[1:] for state, tree in zip(states, trees, strict=True)]
+        flat = np.concatenate(values)
+        chosen = np.ones(len(flat), dtype=np.bool_)
+        if len(flat):
+            order = np.argsort(-flat, kind="stable")
+            chosen[order[self.budget.choose(flat[order]) :]] = False
         admitted, first = [], 0
-        for tree in trees:
-            kept = chosen[first : first + tree.num_draft_tokens]
-            admitted.append(tree if kept.all() else tree.subtree(np.flatnonzero(np.append(True, kept))))
-            first += tree.num_draft_tokens
-        self._judge(states, admitted)
+        judged: list[tuple[str, float, int]] = []  # of requests that might draft
+        for state, tree, own, planned in zip(states, trees, values, self._planned, strict=True):
+            kept = chosen[first : first + len(own)]
+            first += len(own)
+            size = int(np.count_nonzero(kept))
+            admitted.append(tree if size == len(own) else tree.subtree(np.flatnonzero(np.append(True, kept))))
+            if planned:
+                judged.append((state.request_id, float(own[kept].sum()), size))
+        if judged:
+            self.budget.judge(*zip(*judged, strict=True))
         return admitted
-
-    def _judge(self, states: Sequence[RequestState], admitted: Sequence[DraftTree]) -> None:
-        drafted = [
-            (state.request_id, float(self._weight(state) * _node_values(tree)[1:].sum()), tree.num_draft_tokens)
-            for state, tree, planned in zip(states, admitted, self._planned, strict=True)
-            if planned
-        ]
-        if drafted:
-            self.budget.judge(*zip(*drafted, strict=True))
 
     def _weight(self, state: RequestState) -> np.float32:
         return np.float32(state.request.priority * self._lateness.get(state.request_id, 1.0))
@@ -150,6 +140,8 @@ class AdaptiveController:
 
 def _node_values(tree: DraftTree) -> np.ndarray:
     values = tree.values
+    if len(tree) == 1:
+        return np.ones(1, np.float32)
     if values is None:
         values = (_NO_VALUE ** tree.depths()).astype(np.float32)
     return effective_values(tree.parents, values)  # type: ignore[no-any-return]

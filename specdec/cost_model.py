@@ -11,6 +11,7 @@ follows vLLM's adaptive verification (medians, running maximum); the refresh by 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -66,16 +67,14 @@ class CostTable:
             counts = np.zeros(shape)
         if ms.shape != shape or not (np.isfinite(ms) & (ms > 0)).all():
             raise ConfigError(f"a cost table must hold {shape} positive times, got {ms.shape}")
-        self.ms = _monotone(np.array(ms, dtype=np.float64))
+        self.ms = _monotone(np.array(ms, dtype=np.float64, order="C"))
         self.counts = np.full(shape, 10.0) if counts is None else np.array(counts, dtype=np.float64)
         self.is_measured = bool(self.counts.any())
         self._is_settled = self.is_measured
 
     def curve(self, tokens: npt.ArrayLike, context: float, batch: float) -> Floats:
         """Milliseconds [n] of steps of ``tokens`` [n] query tokens in all, for one context length and batch size."""
-        wanted = np.asarray(tokens, dtype=np.float64)
-        cost: Floats = _read_curve(self.ms, wanted, np.log2(max(context, 1.0)), np.log2(max(batch, 1.0)))
-        return cost
+        return _curve_of((self,), tokens, context, batch)
 
     def at(self, tokens: float, context: float, batch: float) -> float:
         """Milliseconds of one step."""
@@ -93,7 +92,7 @@ class CostTable:
         if ratio < 0.5 and not self._is_settled and self.counts.max() < _FIRST:
             self.counts *= 0.0  # what was seen before was a first call, which compiles and allocates
         self._is_settled = self._is_settled or bool(self.counts.max() >= _FIRST)
-        places = (np.log2(max(batch, 1.0)), np.log2(max(context, 1.0)), np.log2(max(tokens, 1.0)))
+        places = (math.log2(max(batch, 1.0)), math.log2(max(context, 1.0)), math.log2(max(tokens, 1.0)))
         _refresh(self.ms, self.counts, places, ratio)
         self.is_measured = True
 
@@ -110,15 +109,34 @@ def _monotone(table: Floats) -> Floats:
     return table
 
 
+def _curve_of(tables: Sequence[CostTable], tokens: npt.ArrayLike, context: float, batch: float) -> Floats:
+    """The sum [n] of some tables at ``tokens`` [n]."""
+    wanted = np.asarray(tokens, dtype=np.float64)
+    places = math.log2(max(batch, 1.0)), math.log2(max(context, 1.0))
+    cost: Floats = _read_curves(tuple(table.ms for table in tables), wanted, places)
+    return cost
+
+
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _read_curve(table: Floats, tokens: Floats, context: float, batch: float) -> Floats:
-    """Trilinear interpolation: batch and context on a logarithmic grid, tokens on a linear one."""
-    place_b = np.interp(batch, _LOG_BATCHES, np.arange(len(_LOG_BATCHES)).astype(np.float64))
-    place_c = np.interp(context, _LOG_CONTEXTS, np.arange(len(_LOG_CONTEXTS)).astype(np.float64))
-    b, c = min(int(place_b), len(_LOG_BATCHES) - 2), min(int(place_c), len(_LOG_CONTEXTS) - 2)
-    u, v = place_b - b, place_c - c
-    row = (1 - u) * ((1 - v) * table[b, c] + v * table[b, c + 1])
-    row += u * ((1 - v) * table[b + 1, c] + v * table[b + 1, c + 1])
+def _place(grid: Floats, at: float) -> tuple[int, float]:
+    """Between which grid points a coordinate lies: the lower one, and the share of the way to the next."""
+    below = 0
+    while below < len(grid) - 2 and grid[below + 1] <= at:
+        below += 1
+    share = (at - grid[below]) / (grid[below + 1] - grid[below])
+    return below, min(max(share, 0.0), 1.0)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _read_curves(tables: tuple[Floats, ...], tokens: Floats, places: tuple[float, float]) -> Floats:
+    """Trilinear interpolation: batch and context on a logarithmic grid, tokens on a linear one; summed over tables."""
+    b, u = _place(_LOG_BATCHES, places[0])
+    c, v = _place(_LOG_CONTEXTS, places[1])
+    row = np.zeros(len(_TOKENS))
+    for table in tables:
+        for t in range(len(row)):
+            row[t] += (1 - u) * ((1 - v) * table[b, c, t] + v * table[b, c + 1, t])
+            row[t] += u * ((1 - v) * table[b + 1, c, t] + v * table[b + 1, c + 1, t])
     last = _TOKENS[-1]
     slope = (row[-1] - row[-2]) / (last - _TOKENS[-2])
     cost: Floats = np.interp(tokens, _TOKENS, row)
@@ -194,7 +212,7 @@ class CostModel:
     def step_curve(self, tokens: npt.ArrayLike, context: float, batch: float) -> Floats:
         """Milliseconds [n] of a step with ``tokens`` [n] query tokens, drafting left out."""
         known = [self.tables[part] for part in PARTS if part != "draft" and self.tables[part].is_measured]
-        return np.asarray(sum(table.curve(tokens, context, batch) for table in known or [self.tables["target"]]))
+        return _curve_of(known or [self.tables["target"]], tokens, context, batch)
 
     def step_ms(self, tokens: float, context: float, batch: float) -> float:
         """Milliseconds of one step, drafting left out."""

@@ -78,6 +78,7 @@ class StepBudget:
         self._hysteresis = hysteresis
         self._threshold = 0.0  # nodes below it were cut off when it last changed
         self._requests, self._context, self._prefill = 0, 1.0, 0
+        self._curve = np.empty(0)  # [n + 1] milliseconds of this step with 0 to n draft tokens, as long as was asked
 
     def begin(self, num_requests: int, context: float, num_prefill: int, most: int) -> int:
         """A step begins; returns the most draft tokens of one request that could pay even if all were right.
@@ -89,17 +90,24 @@ class StepBudget:
             most: the largest answer wanted.
         """
         self._requests, self._context, self._prefill = num_requests, context, num_prefill
+        may_draft = self.floor.may_draft()
+        sizes = np.arange(num_requests, num_requests * (1 + most * may_draft) + 1, dtype=np.float64)
+        self._curve = costs = self.costs.step_curve(sizes, context, num_requests)
         # Prompt tokens take their time in any case: what a token is worth is told by steps that only decode.
-        plain_ms = self.costs.step_ms(num_requests, context, num_requests)
-        self.costs.tokens_per_ms = self.speedup * num_requests / max(plain_ms, 1e-9)
+        self.costs.tokens_per_ms = self.speedup * num_requests / max(float(costs[0]), 1e-9)
         self._num_drafting = 0
-        if not self.floor.may_draft():
+        if num_prefill:
+            # Beside a prompt, sizes are the rarest and least known: a draft token is not believed to be cheaper there.
+            beside = self.costs.step_curve(sizes + num_prefill, context, num_requests)
+            self._curve = beside[0] + np.maximum(beside - beside[0], costs - costs[0])
+        if not may_draft:
             return 0
-        costs = self._step_ms(most * num_requests)
-        return min(most, choose_size(np.ones(len(costs) - 1, np.float32), costs, self.costs.tokens_per_ms))
+        return min(most, choose_size(np.ones(len(costs) - 1, np.float32), self._curve, self.costs.tokens_per_ms))
 
     def _step_ms(self, num_draft_tokens: int) -> npt.NDArray[np.float64]:
         """[n + 1] milliseconds of this step with 0 to n draft tokens."""
+        if num_draft_tokens < len(self._curve):
+            return self._curve[: num_draft_tokens + 1]
         fixed = self._requests + self._prefill
         return self.costs.step_curve(np.arange(fixed, fixed + num_draft_tokens + 1), self._context, self._requests)
 

@@ -5,12 +5,14 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 from specdec import controller_adaptive, engine
 from specdec.bench import adaptive_speed
 from specdec.bench.arms import EngineArm, Job
 from specdec.bench.paper_speed import PaperClock, PricedDrafter, paper_engine
 from specdec.cost_model import CostModel, line_of
+from specdec.device_work import DeviceClock
 from specdec.drafters.fusion import FusedDrafter
 from specdec.drafters.ngram import NgramDrafter
 from specdec.step_budget import StepBudget
@@ -42,6 +44,13 @@ def speed(clock: PaperClock, *, is_plain: bool, copies: bool, concurrency: int) 
     tokens, seconds = adaptive_speed.decode_seconds(arm.run(jobs), concurrency)
     arm.close()
     return tokens / seconds
+
+
+def test_all_times_of_a_step_are_read_from_one_clock(clock: PaperClock) -> None:
+    device = DeviceClock(torch.device("cpu"))
+    begin = device.mark()
+    clock.spend(7.0)
+    assert device.ms(begin, device.mark()) == pytest.approx(7.0)
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])

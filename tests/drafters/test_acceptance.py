@@ -108,6 +108,7 @@ def test_what_only_one_source_had_is_counted_for_it() -> None:
     merged = model.merge("r", [chain(1, 2), chain(1, 2, 3, 4)])
     assert model.learn("r", merged, ids_of(1, 2, 3, 9))[:2].tolist() == [0, 1]
     assert model.learn("r", merged, ids_of(9))[:2].tolist() == [0, 0]
+    assert model.learn("r", merged, ids_of(1, 2, 3, 4), 3)[:2].tolist() == [0, 1]  # 4 was right and not verified
 
 
 def test_a_request_is_told_from_the_others_and_forgotten() -> None:

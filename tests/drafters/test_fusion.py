@@ -144,6 +144,23 @@ def test_a_costly_source_is_asked_where_the_cheap_one_has_nothing() -> None:
     assert dear.asked == cheap.asked
 
 
+def test_a_source_that_adds_much_but_seldom_is_not_given_up_in_a_lull() -> None:
+    costs = CostModel()
+    costs.tokens_per_ms = 0.2
+    drafter = FusedDrafter([("a", NgramDrafter()), ("b", NgramDrafter())], costs=costs)
+    source, num_asked = drafter._sources[1], 0
+    source.num_calls, source.ms_each = 100, 0.1  # a call costs 0.02 tokens
+    for step in range(3000):  # and brings 0.05: three tokens in every 60th step
+        if drafter._worth_asking(source, [0], [0]):
+            num_asked += 1
+            source.note_gain(0, 3.0 if step % 60 == 59 else 0.0)
+    assert num_asked > 2900
+    for _ in range(3000):
+        num_asked += bool(drafter._worth_asking(source, [0], [0]))
+        source.note_gain(0, 0.0)
+    assert num_asked < 4500
+
+
 def test_a_liar_costs_at_most_3_percent_after_50_steps() -> None:
     """Time as the tables have it: a step of T tokens takes 20 + T ms, so a wrong draft of 8 costs two fifths more."""
     from tests.test_step_budget import costs_of

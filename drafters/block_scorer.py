@@ -157,4 +157,4 @@ class BlockScorer:
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return step.attend(query, key, value, None, None, None)
 
-        return self.head.forward(input_ids, positions, attend), None  # ``logit_rows`` are all rows
+        return Outputs(self.head.forward(input_ids, positions, attend))  # ``logit_rows`` are all rows

@@ -16,13 +16,13 @@ from time import perf_counter
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, from_numpy
 
 from specdec.attention import AttentionStep, StepAttention, TailMasks
 from specdec.drafters.draft_costs import DraftCosts
 from specdec.drafters.growing import GrowingCache, Growth
 from specdec.drafters.head_runner import head_runner
-from specdec.drafters.levels import Words, search_trees
+from specdec.drafters.levels import MAX_KERNEL_K, Scores, Words, pack_best, search_trees
 from specdec.drafters.state_head import StateHead
 from specdec.drafters.state_reader import PIECE, StateReader
 from specdec.drafters.tree_search import SearchLimits, TreeSearch
@@ -120,7 +120,7 @@ class EagleDrafter:
         if not rows:
             return trees
         drafting = [states[row] for row in rows]
-        last = torch.stack([outputs[ready.index(row)] for row in rows])
+        last = _joined([outputs[ready.index(row)] for row in rows])
         limits = self._limits if self._costs is None else replace(self._limits, costs=self._costs.costs)
         searches = [TreeSearch(int(states[row].token_ids[-1]), budgets[row], limits) for row in rows]
         grown = self._search(drafting, searches, last)
@@ -137,24 +137,33 @@ class EagleDrafter:
     def stop(self, request_ids: Sequence[str]) -> None:
         self._reader.release(request_ids)
 
-    def _read(self, growths: Sequence[Growth], states: Tensor) -> Tensor:
-        outputs = self._forward(growths, self.head.fuse(states))
-        return outputs if self._runner is None else outputs.clone()  # the next forward may overwrite a graph's outputs
+    def _read(self, growths: Sequence[Growth], states: Tensor) -> Mapping[int, Outputs]:
+        """By its place in the flat row, what the head makes of each request's last row."""
+        ends = np.cumsum([len(growth.token_ids) for growth in growths]) - 1
+        made = self._forward(growths, self.head.fuse(states), ends)
+        assert made.hidden is not None
+        parts = (made.logits, made.hidden[from_numpy(ends).to(made.hidden.device)], made.best)
+        # Copies: the next forward may overwrite a graph's outputs.
+        rows = [[None] * len(ends) if part is None else part.clone().unbind(0) for part in parts]
+        return {end: Outputs(*row) for end, row in zip(ends.tolist(), zip(*rows, strict=True), strict=True)}
 
-    def _search(self, states: Sequence[RequestState], searches: Sequence[TreeSearch], last: Tensor) -> list[DraftTree]:
-        outputs = last  # [rows of the last logits, H]
+    def _search(self, states: Sequence[RequestState], searches: Sequence[TreeSearch], last: Outputs) -> list[DraftTree]:
+        outputs = last.hidden  # [rows of the last logits, H]
         num_levels, begin = 0, perf_counter()
 
-        def grow(growths: Sequence[Growth], parent_rows: npt.NDArray[np.int64]) -> Tensor | None:
+        def grow(growths: Sequence[Growth], parent_rows: npt.NDArray[np.int64]) -> Scores | None:
             nonlocal outputs, num_levels
             num_levels += 1
             if not self._cache.reserve(growths):
                 return None
-            inputs = self.head.feedback(outputs.index_select(0, torch.from_numpy(parent_rows).to(outputs.device)))
-            outputs = self._forward(growths, inputs)
-            return self._logits(outputs)
+            assert outputs is not None
+            inputs = self.head.feedback(outputs.index_select(0, from_numpy(parent_rows).to(outputs.device)))
+            made = self._forward(growths, inputs, np.arange(len(inputs)))
+            outputs = made.hidden
+            return Scores(made.logits, made.best)
 
-        trees = search_trees(states, searches, self._logits(last), self._limits.top_k, grow, self._words)
+        first = Scores(last.logits, last.best)
+        trees = search_trees(states, searches, first, self._limits.top_k, grow, self._words)
         if self._costs is not None:
             self._costs.searched(perf_counter() - begin, num_levels)
         return trees
@@ -163,18 +172,19 @@ class EagleDrafter:
         logits = self.head.logits(outputs)
         return logits if self._words is not None else logits[:, : self._vocab_size]
 
-    def _forward(self, growths: Sequence[Growth], inputs: Tensor) -> Tensor:
-        """One pass of the head over new rows, whose slots are reserved: [T, H]."""
+    def _forward(self, growths: Sequence[Growth], inputs: Tensor, logit_rows: npt.NDArray[np.int64]) -> Outputs:
+        """One pass of the head over new rows, whose slots are reserved; ``hidden`` are its outputs [T, H]."""
         layouts, positions = self._cache.lay_out(growths)
         ids = np.concatenate([growth.token_ids for growth in growths], dtype=np.int64)
         if self._runner is not None:
-            return self._runner.run(Step(layouts, ids, positions, np.arange(len(ids)), inputs))[0]
+            return self._runner.run(Step(layouts, ids, positions, logit_rows, inputs))
         step = StepAttention(
             self._cache.pool, layouts, self._num_query_groups, dtype=self.head.dtype, device=self.head.device,
             masks=self._masks,
         )  # fmt: skip
-        token_ids, where = (torch.from_numpy(numbers).to(self.head.device) for numbers in (ids, positions))
-        return self.head.forward(token_ids, inputs, where, step.attend)
+        token_ids, where, rows = (from_numpy(numbers).to(self.head.device) for numbers in (ids, positions, logit_rows))
+        outputs = self.head.forward(token_ids, inputs, where, step.attend)
+        return Outputs(self._logits(outputs.index_select(0, rows)), outputs)
 
     def _run_head(
         self,
@@ -185,5 +195,20 @@ class EagleDrafter:
         *,
         states: Tensor | None = None,
     ) -> Outputs:
+        """All that a level costs the device: the layer, the vocabulary's product, and the likeliest words."""
         assert states is not None
-        return self.head.forward(input_ids, states, positions, step.attend), None  # ``logit_rows`` are all rows
+        outputs = self.head.forward(input_ids, states, positions, step.attend)
+        logits = self._logits(outputs.index_select(0, logit_rows))
+        count = min(self._limits.top_k, logits.shape[1])
+        best = pack_best(logits, count, backend="triton") if count <= MAX_KERNEL_K else None
+        return Outputs(logits, outputs, best)
+
+
+def _joined(rows: Sequence[Outputs]) -> Outputs:
+    """Single rows as one."""
+    logits, hidden, best = (
+        None if parts[0] is None else torch.stack([part for part in parts if part is not None])
+        for parts in zip(*rows, strict=True)
+    )
+    assert logits is not None
+    return Outputs(logits, hidden, best)

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor, from_numpy, tensor
+from torch import Tensor, from_numpy, stack, tensor
 
 from specdec.drafters.growing import Growth
 from specdec.drafters.tree_search import Frontier, TreeSearch
+from specdec.kernels.launch import Backend, uses_triton
 from specdec.rng import TARGET, gumbel
 from specdec.types import DraftTree, RequestState
 
-__all__ = ["Words", "best_children", "search_trees"]
+__all__ = ["MAX_KERNEL_K", "Scores", "Words", "best_children", "pack_best", "search_trees"]
 
+MAX_KERNEL_K = 64  # ``specdec.kernels.top_k.MAX_K``, without importing Triton
 _BLOCK = 128  # columns; of the sizes that were timed for 32,000 to 150,000 columns the fastest
-# (new nodes by request, for each of them the rows of the last logits that their parents are) -> their logits, or None
-Grow: TypeAlias = Callable[[Sequence[Growth], npt.NDArray[np.int64]], Tensor | None]
+
+
+class Scores(NamedTuple):
+    """What a drafter finds after M nodes.
+
+    Args:
+        logits: [M, D].
+        best: [M, 2, K] of ``pack_best``, where the forward has found them already; None: they are looked for.
+    """
+
+    logits: Tensor
+    best: Tensor | None = None
+
+
+# (new nodes by request, for each of them the rows of the last logits that their parents are) -> their scores, or None
+Grow: TypeAlias = Callable[[Sequence[Growth], npt.NDArray[np.int64]], Tensor | Scores | None]
 
 
 class Words:
@@ -34,8 +50,30 @@ class Words:
         self.ids = target_ids.cpu().numpy()
 
 
+def pack_best(logits: Tensor, count: int, *, backend: Backend = "auto") -> Tensor:
+    """The likeliest tokens of every row by the top-k kernel, in one tensor that goes to the host in one copy.
+
+    Args:
+        logits: [M, D].
+        count: K, at most the kernel's ``MAX_K``.
+        backend: see ``uses_triton``.
+
+    Returns:
+        [M, 2, K] float64: ids, best first, and the logs of their chances.
+    """
+    from specdec.kernels.top_k import top_k  # imports Triton, which is not everywhere
+
+    return stack([part.double() for part in top_k(logits, count, backend=backend)], 1)
+
+
 def best_children(
-    logits: Tensor, states: Sequence[RequestState], depths: Sequence[int], count: int, words: Words | None = None
+    logits: Tensor,
+    states: Sequence[RequestState],
+    depths: Sequence[int],
+    count: int,
+    words: Words | None = None,
+    *,
+    best: Tensor | None = None,
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """The likeliest tokens of the target after some draft nodes, as far as a draft model can tell.
 
@@ -45,12 +83,18 @@ def best_children(
         depths: M: of the children, 1 = the children of the root.
         count: K.
         words: what the columns of ``logits`` stand for; None: the target's ids.
+        best: [M, 2, K] of ``pack_best``, where it is known already; sampled requests add noise before they choose.
 
     Returns:
         Token ids [M, K] int64, best first, and the log of their chances [M, K] float64.
     """
-    scores = logits.float()
+    count = min(count, logits.shape[1])
     sampled = [row for row, state in enumerate(states) if not state.request.sampling.is_greedy]
+    if not sampled and (best is not None or _has_kernel(logits, count)):
+        found = (pack_best(logits, count) if best is None else best).cpu().numpy()
+        ids, log_probs = found[:, 0].astype(np.int64), found[:, 1]
+        return ids if words is None else words.ids[ids], log_probs
+    scores = logits.float()
     if sampled:
         seeds = np.array([states[row].request.sampling.seed for row in sampled], dtype=np.uint64)
         places = np.array([states[row].num_tokens + depths[row] - 1 for row in sampled], dtype=np.uint64)
@@ -61,8 +105,13 @@ def best_children(
         heat = tensor([states[row].request.sampling.temperature for row in sampled], device=scores.device)
         scores = scores.clone()
         scores[sampled] = scores[sampled] / heat[:, None] + noise[from_numpy(which.ravel()).to(scores.device)]
-    log_probs, ids = _largest(scores.log_softmax(dim=-1), min(count, scores.shape[1]))
+    log_probs, ids = _largest(scores.log_softmax(dim=-1), count)
     return ids if words is None else words.ids[ids], log_probs.astype(np.float64)
+
+
+def _has_kernel(logits: Tensor, count: int) -> bool:
+    """True if the top-k kernel is there for such rows."""
+    return count <= MAX_KERNEL_K and logits.dtype.itemsize <= 4 and uses_triton("auto", logits.device)
 
 
 def _largest(rows: Tensor, count: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
@@ -73,7 +122,10 @@ def _largest(rows: Tensor, count: int) -> tuple[npt.NDArray[Any], npt.NDArray[np
     num_blocks, rest = divmod(rows.shape[1], _BLOCK)
     if rows.device.type != "cpu" or rest or num_blocks < 4 * count:
         whole = rows.topk(count, dim=-1)
-        return whole.values.cpu().numpy(), whole.indices.cpu().numpy()
+        if rows.device.type == "cpu":
+            return whole.values.numpy(), whole.indices.numpy()
+        both = stack((whole.values.double(), whole.indices.double())).cpu().numpy()  # in one copy
+        return both[0], both[1].astype(np.int64)
     blocks = rows.unflatten(1, (num_blocks, _BLOCK))
     chosen = blocks.amax(dim=-1).topk(count, dim=-1, sorted=False).indices  # [M, K]
     kept = blocks.gather(1, chosen.unsqueeze(2).expand(-1, -1, _BLOCK)).flatten(1)
@@ -85,7 +137,7 @@ def _largest(rows: Tensor, count: int) -> tuple[npt.NDArray[Any], npt.NDArray[np
 def search_trees(
     states: Sequence[RequestState],
     searches: Sequence[TreeSearch],
-    logits: Tensor,
+    scores: Tensor | Scores,
     top_k: int,
     grow: Grow,
     words: Words | None = None,
@@ -95,18 +147,19 @@ def search_trees(
     Args:
         states: R requests.
         searches: theirs, untouched.
-        logits: [R, V] after their roots.
+        scores: logits [R, V] after their roots, or more of them.
         top_k: children per node.
         grow: scores new nodes; None ends all searches.
         words: what the columns of all logits stand for; None: the target's ids.
     """
+    logits, best = scores if isinstance(scores, Scores) else (scores, None)
     growing = list(range(len(states)))
     num_grown = [0] * len(states)  # nodes that were scored
     sizes = [1] * len(states)  # rows of ``logits`` by request
     depth = 1
     while growing:
         owners = [states[one] for one in growing for _ in range(sizes[one])]
-        ids, log_probs = best_children(logits, owners, [depth] * len(owners), top_k, words)
+        ids, log_probs = best_children(logits, owners, [depth] * len(owners), top_k, words, best=best)
         frontiers: dict[int, tuple[Frontier, int]] = {}
         start = 0
         for one in growing:
@@ -127,6 +180,6 @@ def search_trees(
         new = grow(growths, np.concatenate(parent_rows).astype(np.int64)) if growths else None
         if new is None:
             break
-        logits = new
+        logits, best = new if isinstance(new, Scores) else (new, None)
         depth += 1
     return [search.tree() for search in searches]

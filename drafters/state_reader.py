@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from specdec.types import RequestState
 __all__ = ["PIECE", "ReadRows", "StateReader"]
 
 PIECE = 512  # most rows of one request that are read in one pass
-# (rows with reserved slots, their states [T, layers * E]) -> one result per row [T, ...]
-ReadRows: TypeAlias = Callable[[Sequence[Growth], Tensor], Tensor]
+# (rows with reserved slots, their states [T, layers * E]) -> by row a result, at least of each request's last one
+ReadRows: TypeAlias = Callable[[Sequence[Growth], Tensor], Any]
 
 
 @dataclass(slots=True, eq=False)
@@ -56,7 +56,7 @@ class StateReader:
             self._take(state)
         return [index for index, state in enumerate(states) if self._is_ready(state)]
 
-    def read(self, states: Sequence[RequestState], read_rows: ReadRows) -> dict[int, Tensor]:
+    def read(self, states: Sequence[RequestState], read_rows: ReadRows) -> dict[int, Any]:
         """Read all that is unread.
 
         Args:
@@ -67,7 +67,7 @@ class StateReader:
             By index of the request, the result of its last row; those without room in the cache are missing.
         """
         rest = {index: self._unread[state.request_id] for index, state in enumerate(states)}
-        last: dict[int, Tensor] = {}
+        last: dict[int, Any] = {}
         while rest:
             growths, pieces = [], []
             for index, unread in rest.items():

@@ -147,8 +147,12 @@ class KernelRunner:
         self.num_replays += 1
         buffers, captured = self._captured[index]
         buffers.put(step, edits)
-        logits, hidden = captured.replay()
-        return logits[: needed.num_logits], None if hidden is None else hidden[: needed.num_tokens]
+        logits, hidden, best = captured.replay()
+        return Outputs(
+            logits[: needed.num_logits],
+            None if hidden is None else hidden[: needed.num_tokens],
+            None if best is None else best[: needed.num_logits],
+        )
 
     def _buffers(self, sizes: StepSizes) -> StepBuffers:
         return StepBuffers(sizes, self._pool, self._tables, state_width=self._state_width)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +23,24 @@ from specdec.query_layout import QueryLayout
 
 __all__ = ["BUCKETS", "Outputs", "Step", "StepBuffers", "StepSizes"]
 
-Outputs: TypeAlias = tuple[Tensor, Tensor | None]  # of a forward: logits [L, V]; hidden states [T, ...] or None
-
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # tokens of a step for which buffers are kept
 
 _ALIGNMENT = 4  # of every part, in int32: 16 bytes, or the compiler would make kernels for unaligned pointers
 _WORD_BITS = 32
+
+
+class Outputs(NamedTuple):
+    """Of a forward.
+
+    Args:
+        logits: [L, V].
+        hidden: [T, ...] states, if somebody reads them.
+        best: [L, 2, K] float64: ids and log-probabilities of the likeliest tokens, where a drafter had them found.
+    """
+
+    logits: Tensor
+    hidden: Tensor | None = None
+    best: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

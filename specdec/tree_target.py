@@ -289,7 +289,7 @@ class TreeTarget:
             InternalError: the model gives no hidden states, or makes other attention calls than the probe saw.
         """
         if self.runner is not None:
-            return self.runner.run(Step(layouts, input_ids, positions, logit_rows))
+            return self.runner.run(Step(layouts, input_ids, positions, logit_rows))[:2]
         ids, places = (torch.from_numpy(x).to(self.device) for x in (input_ids, positions))
         rows = torch.tensor(logit_rows, device=self.device)  # a copy: pruning rewrites it
         steps = {
@@ -300,10 +300,10 @@ class TreeTarget:
             for place in set(self.pool.device_of_call)
         }  # fmt: skip
         if self.is_split:
-            return self._forward(SplitAttention(steps, self.pool.device_of_call), ids, places, rows)
+            return self._forward(SplitAttention(steps, self.pool.device_of_call), ids, places, rows)[:2]
         (step,) = steps.values()
         with pruning(step, rows) if pruning else nullcontext():
-            return self._forward(step, ids, places, rows)
+            return self._forward(step, ids, places, rows)[:2]
 
     def _forward(
         self,
@@ -331,13 +331,13 @@ class TreeTarget:
             raise InternalError(f"the forward made {step.num_calls} attention calls, the probe saw {len(self.calls)}")
         logits: torch.Tensor = out.logits[0] if self._keeps_logits else out.logits[0, logit_rows]
         if not self.hidden_layers:
-            return logits, None
+            return Outputs(logits)
         if taken is not None:
-            return logits, taken.rows
+            return Outputs(logits, taken.rows)
         if not out.hidden_states or max(self.hidden_layers) >= len(out.hidden_states):
             num_states = len(out.hidden_states or ())
             raise InternalError(f"states {self.hidden_layers} were asked for, the model gives {num_states}")
-        return logits, torch.cat([out.hidden_states[layer][0] for layer in self.hidden_layers], dim=-1)
+        return Outputs(logits, torch.cat([out.hidden_states[layer][0] for layer in self.hidden_layers], dim=-1))
 
     @torch.inference_mode()
     def commit(self, chunks: Sequence[Chunk], keep: Sequence[Sequence[int]]) -> None:

@@ -138,7 +138,7 @@ def in_place(launch: Callable[[], Outputs]) -> Captured:
         for old, new in zip(kept, outputs, strict=True):
             if new is not None:
                 old.copy_(new)
-        return kept[0], kept[1]
+        return Outputs(*kept)
 
     return Captured(replay, 0)
 

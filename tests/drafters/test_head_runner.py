@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from specdec.drafters import levels, state_reader
 from specdec.drafters.diffusion import DiffusionDrafter
 from specdec.drafters.diffusion_files import read_diffusion_files
 from specdec.drafters.diffusion_loading import build_diffusion_head
@@ -22,7 +23,7 @@ from specdec.drafters.eagle_probe import build_head
 from specdec.drafters.lm import LmDrafter
 from specdec.errors import InternalError
 from specdec.kernel_runner import Captured, KernelRunner
-from specdec.step_buffers import Step
+from specdec.step_buffers import Outputs, Step
 from tests.drafters import diffusion_checkpoints, eagle_checkpoints
 from tests.drafters.drafting import run
 from tests.drafters.eagle_checkpoints import VOCAB_SIZE, eagle_target
@@ -32,14 +33,16 @@ PROMPTS = [np.random.default_rng(11).integers(0, 250, size).astype(np.int32) for
 
 
 def like_a_graph(launch: Any) -> Captured:
-    memory: list[torch.Tensor] = []
+    memory: list[torch.Tensor | None] = []
 
     def replay() -> Any:
-        outputs = launch()[0]
+        outputs = launch()
         if not memory:
-            memory.append(torch.empty_like(outputs))
-        memory[0].copy_(outputs)
-        return memory[0], None
+            memory.extend(None if part is None else torch.empty_like(part) for part in outputs)
+        for kept, part in zip(memory, outputs, strict=True):
+            if kept is not None:
+                kept.copy_(part)
+        return Outputs(*memory)
 
     return Captured(replay, 0)
 
@@ -74,16 +77,22 @@ def draft_model(target: Any, path: Any, **options: Any) -> tuple[LmDrafter, Any]
     return drafter, model._target.runner
 
 
-@pytest.mark.parametrize("make", [eagle, diffusion, pytest.param(draft_model, marks=pytest.mark.slow)])
-def test_the_kernels_draft_what_torch_drafts_also_in_padded_buckets(make, tmp_path):
+@pytest.mark.parametrize(
+    ("make", "law"),
+    [
+        (eagle, {}), (diffusion, {}), pytest.param(eagle, {"temperature": 0.8}, marks=pytest.mark.slow),
+        pytest.param(draft_model, {}, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_the_kernels_draft_what_torch_drafts_also_in_padded_buckets(make, law, tmp_path):
     target = eagle_target()
     drafter, runner = make(target, tmp_path, kernels="torch")
     assert runner is None
     num_new = 3 if make is draft_model else 5  # the interpreter takes its time with a whole model
-    wanted, watch = run(target, drafter, PROMPTS, num_new)
+    wanted, watch = run(target, drafter, PROMPTS, num_new, **law)
     drafter, runner = make(target, tmp_path, kernels="triton")
     capture(runner)
-    found, seen = run(target, drafter, PROMPTS, num_new)
+    found, seen = run(target, drafter, PROMPTS, num_new, **law)
     assert [state.output_ids.tolist() for state in found] == [state.output_ids.tolist() for state in wanted]
     for (text, tree), (other_text, other) in zip(seen.seen, watch.seen, strict=True):
         assert text == other_text
@@ -92,6 +101,23 @@ def test_the_kernels_draft_what_torch_drafts_also_in_padded_buckets(make, tmp_pa
     assert max(len(tree) for _, tree in seen.seen) > 2
     assert runner.num_replays > 0
     assert runner.num_eager == 0
+
+
+def test_a_captured_pass_of_a_head_finds_the_likeliest_words_itself(tmp_path, monkeypatch):
+    """All that is left to the host is one copy: greedy drafting never looks at the logits.
+
+    Read in short pieces, a prompt is done while another still overwrites the pass's outputs.
+    """
+    monkeypatch.setattr(state_reader, "PIECE", 3)
+    target = eagle_target()
+    _, watch = run(target, eagle(target, tmp_path, kernels="torch")[0], PROMPTS, 4)
+    wanted = [tree.token_ids.tolist() for _, tree in watch.seen]
+    drafter, runner = eagle(target, tmp_path, kernels="triton")
+    capture(runner)
+    monkeypatch.setattr(levels, "_largest", lambda *_: pytest.fail("looked for among the logits"))
+    _, watch = run(target, drafter, PROMPTS, 4)
+    assert [tree.token_ids.tolist() for _, tree in watch.seen] == wanted
+    assert max(map(len, wanted)) > 2
 
 
 def test_states_without_buffers_for_them_are_refused(tmp_path):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from specdec.drafters.levels import best_children
+from specdec.drafters.levels import MAX_KERNEL_K, best_children, pack_best
 from specdec.drafters.tree_search import LevelCosts, SearchLimits, TreeSearch
-from specdec.types import DraftTree, Request, RequestState
+from specdec.kernels.top_k import MAX_K
+from specdec.types import DraftTree, Request, RequestState, SamplingParams
 
 V = 6
 
@@ -120,3 +121,20 @@ def test_the_best_children_of_wide_rows_are_found_by_blocks_as_by_sorting(width:
     assert ids.tolist() == order.tolist()
     law = rows.double().log_softmax(-1).numpy()
     np.testing.assert_allclose(log_probs, np.take_along_axis(law, order, axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_the_best_children_are_those_that_the_kernel_packs(temperature: float) -> None:
+    rows = torch.randn(3, 700, generator=torch.Generator().manual_seed(1))
+    states = [RequestState(Request("a", np.array([1]), SamplingParams(temperature=temperature, seed=3)))] * 3
+    packed = pack_best(rows, 5, backend="triton")
+    assert packed.shape == (3, 2, 5)
+    ids, log_probs = best_children(rows, states, [1, 1, 2], 5, best=packed)
+    other_ids, others = best_children(rows, states, [1, 1, 2], 5)
+    assert ids.dtype == other_ids.dtype
+    assert np.array_equal(ids, other_ids)
+    np.testing.assert_allclose(log_probs, others, rtol=1e-5)
+
+
+def test_the_kernel_s_limit_is_stated_where_triton_may_be_missing() -> None:
+    assert MAX_KERNEL_K == MAX_K

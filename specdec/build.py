@@ -151,7 +151,7 @@ def load_drafter(
         UnsupportedError: the model in it cannot draft, or the target runs on several devices and would lend it weights.
     """
     named = name_drafter(drafter, **options)
-    if is_split(model) and isinstance(named, PendingDrafter) and not named.name.startswith("lm:"):
+    if isinstance(named, PendingDrafter) and not named.name.startswith("lm:") and is_split(model):
         raise UnsupportedError(f"{named.name} reads weights of the target, which must run on one device for that")
     return named.load(model, tokenizer, _draws_for(verifier)) if isinstance(named, PendingDrafter) else named
 

@@ -47,7 +47,8 @@ def draw(results: Path) -> str:
     colours = (*_COLOURS[: len(names)], "#444")
     classes = "".join(f".c{i}{{fill:{colour}}}.l{i}{{stroke:{colour}}}" for i, colour in enumerate(colours))
     legend = "".join(
-        f'<text x="64" y="{28 + 16 * i}" style="fill:{colours[i]}">{name}</text>' for i, name in enumerate(names)
+        f'<text x="540" y="{28 + 16 * i}" text-anchor="end" style="fill:{colours[i]}">{name}</text>'
+        for i, name in enumerate(names)
     )
     svg = made[: made.index("</svg>")].replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     head, _, body = svg.partition(">")

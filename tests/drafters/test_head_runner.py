@@ -1,7 +1,7 @@
 """Drafters on the Triton kernels, interpreted: the drafts of torch's operations, eagerly and in padded buckets.
 
-A captured graph is stood in for by a function that launches anew on the same buffers and hands out the same output
-memory each time, as a graph does: whoever keeps such outputs over a later forward gets rubbish.
+A captured graph is stood in for by a function that launches anew on the same buffers and spoils what was handed out
+before, by any bucket, for graphs share their memory: whoever keeps such outputs over a later forward gets rubbish.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from specdec.drafters.eagle_probe import build_head
 from specdec.drafters.lm import LmDrafter
 from specdec.errors import InternalError
 from specdec.kernel_runner import Captured, KernelRunner
-from specdec.step_buffers import Outputs, Step
+from specdec.step_buffers import Step
 from tests.drafters import diffusion_checkpoints, eagle_checkpoints
 from tests.drafters.drafting import run
 from tests.drafters.eagle_checkpoints import VOCAB_SIZE, eagle_target
@@ -32,23 +32,20 @@ from tests.tiny_models import tiny_llama
 PROMPTS = [np.random.default_rng(11).integers(0, 250, size).astype(np.int32) for size in (7, 2)]
 
 
-def like_a_graph(launch: Any) -> Captured:
-    memory: list[torch.Tensor | None] = []
-
-    def replay() -> Any:
-        outputs = launch()
-        if not memory:
-            memory.extend(None if part is None else torch.empty_like(part) for part in outputs)
-        for kept, part in zip(memory, outputs, strict=True):
-            if kept is not None:
-                kept.copy_(part)
-        return Outputs(*memory)
-
-    return Captured(replay, 0)
-
-
 def capture(runner: KernelRunner | None) -> KernelRunner:
     assert runner is not None
+    handed_out: list[torch.Tensor] = []
+
+    def like_a_graph(launch: Any) -> Captured:
+        def replay() -> Any:
+            outputs = launch()
+            for old in handed_out:
+                old.fill_(-1)
+            handed_out[:] = [part for part in outputs if part is not None]
+            return outputs
+
+        return Captured(replay, 0)
+
     with torch.inference_mode():
         runner.capture(like_a_graph)
     return runner

@@ -62,9 +62,12 @@ class RecyclingDrafter:
                 continue
             table, draft = live
             first, last = event.output.cu_nodes[event.row : event.row + 2].tolist()
-            logits = event.output.logits[first:last]
+            logits, late = event.output.logits[first:last], event.output.late
             width = min(TEMPLATE.width, logits.shape[-1])
-            successors = torch.topk(logits.float(), width, dim=-1).indices.cpu().numpy().astype(np.int32)
+            if late is not None and event.output.kept_nodes is None:  # the target has looked already
+                successors = late.read()[first:last, :width]
+            else:
+                successors = torch.topk(logits.float(), width, dim=-1).indices.cpu().numpy().astype(np.int32)
             accepted = event.result.accepted_nodes.tolist()
             with self.store.lock:
                 for found in event.state.successors:

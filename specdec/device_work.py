@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdec.types import IntArray
 
-__all__ = ["Clock", "DeviceClock", "HostCopy", "start_copy"]
+__all__ = ["Clock", "DeviceClock", "HostCopy", "LateCopy", "start_copy"]
 
 HostCopy: TypeAlias = Callable[[], IntArray]  # waits for the copy; the values
 
@@ -37,6 +37,35 @@ def start_copy(ids: Tensor) -> HostCopy:
         return on_host.numpy()
 
     return wait
+
+
+class LateCopy:
+    """Integers that wait on the device for somebody else's copy, so that a step needs one only.
+
+    Args:
+        values: int32 of any shape.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
+        self._on_host: IntArray | None = None
+
+    def ride(self, ids: Tensor, copy: Callable[[Tensor], HostCopy]) -> HostCopy:
+        """Start one copy of ``ids`` [n] and of these values; what is returned waits for it and gives the ids."""
+        both = copy(torch.cat((ids.to(torch.int32), self._values.flatten())))
+
+        def wait() -> IntArray:
+            values = both()
+            self._on_host = values[len(ids) :].reshape(self._values.shape)
+            return values[: len(ids)]
+
+        return wait
+
+    def read(self) -> IntArray:
+        """The values; where nobody took them along, by a copy of their own."""
+        if self._on_host is None:
+            self._on_host = start_copy(self._values.flatten())().reshape(self._values.shape)
+        return self._on_host
 
 
 class Clock(Protocol):

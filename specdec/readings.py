@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
 
 from specdec.errors import InternalError
 from specdec.tree import IntArray
@@ -12,7 +15,9 @@ from specdec.tree import IntArray
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["HiddenStates", "Successors"]
+    from specdec.device_work import LateCopy
+
+__all__ = ["HiddenStates", "LateSuccessors", "Successors"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,3 +67,32 @@ class Successors:
 
     token_ids: IntArray
     next_ids: IntArray
+
+
+class LateSuccessors(Sequence[Successors]):
+    """The successors of every chunk of a step, read from the device once somebody looks.
+
+    Args:
+        token_ids: by chunk, [D] int32.
+        next_ids: [n, k], of which the last rows are the chunks', one after the other.
+    """
+
+    def __init__(self, token_ids: Sequence[IntArray], next_ids: LateCopy) -> None:
+        self._token_ids, self._next_ids = token_ids, next_ids
+
+    @cached_property
+    def _parts(self) -> list[Successors]:
+        ends = np.cumsum([len(ids) for ids in self._token_ids])
+        rows = self._next_ids.read()
+        parts = np.split(rows[len(rows) - ends[-1] :], ends[:-1])
+        return [Successors(ids, part) for ids, part in zip(self._token_ids, parts, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self._token_ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Successors: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Successors]: ...
+    def __getitem__(self, index: int | slice) -> Successors | Sequence[Successors]:
+        return self._parts[index]

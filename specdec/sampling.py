@@ -152,16 +152,20 @@ class Sampler:
         busy = [request for request, one in enumerate(live) if not one.is_plain]
         if not busy:
             self._check(sum(map(len, trees)), output)
-            return self._copy(_argmax(output.logits))
+            return self._bring(_argmax(output.logits), output)
         if len(busy) == len(live):
-            return self._copy(self._draw(states, trees, output))
+            return self._bring(self._draw(states, trees, output), output)
         nodes = NodeBatch(states, trees, self.device)
         self._check(nodes.num_nodes, output)
         rows = nodes.rows(busy)
         some = TargetOutput(output.logits[rows], np.cumsum([0, *(nodes.sizes[r] for r in busy)], dtype=np.int32))
         ids = _argmax(output.logits)
         ids[rows] = self._draw([states[r] for r in busy], [trees[r] for r in busy], some)
-        return self._copy(ids)
+        return self._bring(ids, output)
+
+    def _bring(self, ids: Tensor, output: TargetOutput) -> HostCopy:
+        """The one copy of a step: drawn tokens, and what the target wants to come along."""
+        return self._copy(ids) if output.late is None else output.late.ride(ids, self._copy)
 
     def _draw(self, states: Sequence[RequestState], trees: Sequence[DraftTree], output: TargetOutput) -> Tensor:
         """[T] int64 on the device: greedy requests take the best score, the others draw."""
@@ -194,7 +198,7 @@ class Sampler:
             rows, some = nodes.rows(others), nodes.part(others)
             scores = self._processed(some, TargetOutput(output.logits[rows], np.array([*some.starts], dtype=np.int32)))
             ids[rows] = self._launch(scores, [Law(live[request].seed) for request in others], some)
-        return self._copy(ids)
+        return self._bring(ids, output)
 
     def _launch(self, scores: Tensor, laws: Sequence[Law], nodes: NodeBatch) -> Tensor:
         from specdec.kernels.verify import draw_tokens  # imports Triton, which is not everywhere

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from specdec.attention import IMPLEMENTATION, AttentionStep, StepAttention, TailMasks, active
+from specdec.device_work import LateCopy
 from specdec.early_exit import EarlyExit, Pruning
 from specdec.errors import ConfigError, InternalError, UnsupportedError
 from specdec.flat_batch import flatten, warm_up
@@ -26,7 +28,7 @@ from specdec.placement import device_of
 from specdec.prefix_cache import PrefixCache
 from specdec.prompt_attention import PromptAttention, device_timer
 from specdec.query_layout import QueryLayout
-from specdec.readings import HiddenStates, Successors
+from specdec.readings import HiddenStates, LateSuccessors, Successors
 from specdec.split_attention import SplitAttention
 from specdec.step_buffers import Outputs, Step
 from specdec.strict_operations import StrictOperations
@@ -230,14 +232,14 @@ class TreeTarget:
         logits, hidden = self.run(
             batch.layouts, batch.input_ids, batch.positions, rows, pruning=pruned.around if pruned else None
         )
-        successors = self._successors(batch.input_ids, places, logits[len(batch.tree_rows) :])
+        late, successors = self._successors(batch.input_ids, places, logits)
         logits = logits[: len(batch.tree_rows)]
         if pruned is not None:
-            return pruned.output(logits, successors)
+            return replace(pruned.output(logits, successors), late=late)
         if hidden is None:
-            return TargetOutput(logits, batch.cu_nodes, successors=successors)
+            return TargetOutput(logits, batch.cu_nodes, successors=successors, late=late)
         states = HiddenStates(self.hidden_layers, hidden)
-        return TargetOutput(logits, batch.cu_nodes, states, batch.tree_rows, successors)
+        return TargetOutput(logits, batch.cu_nodes, states, batch.tree_rows, successors, late=late)
 
     def prune_with(self, early: EarlyExit) -> None:
         """Drop hopeless draft tokens half-way through the forward from now on.
@@ -254,13 +256,12 @@ class TreeTarget:
 
     def _successors(
         self, input_ids: npt.NDArray[np.int64], places: Sequence[npt.NDArray[np.int64]], logits: torch.Tensor
-    ) -> list[Successors]:
-        """Of each chunk the likeliest next tokens at its ``places`` in the flat row, whose ``logits`` lie in order."""
-        if len(logits) == 0:
-            return []
-        next_ids = torch.topk(logits, self.num_successors, dim=-1).indices.cpu().numpy().astype(np.int32)
-        parts = np.split(next_ids, np.cumsum([len(rows) for rows in places])[:-1])
-        return [Successors(input_ids[rows].astype(np.int32), part) for rows, part in zip(places, parts, strict=True)]
+    ) -> tuple[LateCopy | None, Sequence[Successors]]:
+        """The likeliest next tokens of all rows, and of each chunk those at its ``places``, the last rows of all."""
+        if not self.num_successors:
+            return None, ()
+        late = LateCopy(torch.topk(logits, self.num_successors, dim=-1).indices.to(torch.int32))
+        return late, LateSuccessors([input_ids[rows].astype(np.int32) for rows in places], late) if places else ()
 
     @torch.inference_mode()
     def run(

@@ -33,6 +33,8 @@ from specdec.tree import DraftTree, IntArray
 if TYPE_CHECKING:
     import torch
 
+    from specdec.device_work import LateCopy
+
 __all__ = [
     "Chunk",
     "DraftTree",
@@ -274,6 +276,8 @@ class TargetOutput:
         successors: one for each chunk, with a tree or not; empty if nobody asked.
         kept_nodes: of each tree the nodes that the target did not drop on the way, ascending, the root first; logits
             and ``cu_nodes`` are of these. None: all of all trees.
+        late: the likeliest next tokens after every node, whether it was kept or not, then after prefix tokens, [n, k];
+            they come to the host in the same copy as the target's own tokens. None: nobody asked.
     """
 
     logits: torch.Tensor
@@ -282,6 +286,7 @@ class TargetOutput:
     node_rows: npt.NDArray[np.int64] | None = None
     successors: Sequence[Successors] = ()
     kept_nodes: Sequence[npt.NDArray[np.int64]] | None = None
+    late: LateCopy | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,15 +6,21 @@ import numpy as np
 import pytest
 import torch
 
+from specdec import device_work
+from specdec.config import EngineConfig
 from specdec.controller import FixedController
 from specdec.device_work import DeviceClock, start_copy
 from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.none import NoDrafter
 from specdec.engine import Engine
+from specdec.probe import probe
 from specdec.sampling import Sampler
 from specdec.toy import ToyTarget
+from specdec.tree_target import TreeTarget
 from specdec.types import Request, SamplingParams
 from specdec.verifier import match
 from specdec.verifier.match import MatchVerifier
+from tests.tiny_models import tiny_llama
 
 VOCAB_SIZE = 20
 
@@ -127,3 +133,37 @@ def test_a_copy_waits_for_what_was_launched_before_it():
     assert wait().tolist() == [2] * 4
     torch.cuda.synchronize()
     assert clock.ms(begin, end) > 0.1
+
+
+def test_what_drafters_read_of_a_prompt_rides_with_the_drawn_tokens(monkeypatch):
+    """Three steps read the prompt; the last of them draws, and needs no copy beside that of the draw."""
+    own, log, found = [], [], {}
+    monkeypatch.setattr(device_work, "start_copy", lambda ids: (own.append(len(ids)), start_copy(ids))[1])
+    model = tiny_llama()
+    target = TreeTarget(
+        model, probe(model), kv_tokens=64, max_length=40, max_batch_size=1, max_step_tokens=8, num_successors=3
+    )
+
+    class Watch:
+        def observe(self, events):
+            for event in events:
+                first, last = event.output.cu_nodes[event.row : event.row + 2]
+                likeliest = event.output.logits[first:last].topk(3).indices
+                assert np.array_equal(event.output.late.read()[first:last], likeliest)
+                for one in event.state.successors:
+                    found.update(zip(one.token_ids.tolist(), one.next_ids.tolist(), strict=True))
+
+    engine = Engine(
+        target, MatchVerifier(Sampler(target.vocab_size, copy=SlowDevice(log).copy)), NoDrafter(), FixedController(0),
+        config=EngineConfig(max_prefill_tokens=8), observers=[Watch()],
+    )  # fmt: skip
+    prompt = np.random.default_rng(1).permutation(200)[:20].astype(np.int32)  # each token once
+    state = engine.submit(Request("r", prompt, SamplingParams(max_new_tokens=2)))
+    while engine.has_work:
+        engine.step()
+    assert state.num_output_tokens == 2
+    assert log == ["copy", "wait"] * 2, "one for each step that draws"
+    assert len(own) == 2, "one for each step that only reads"
+    with torch.no_grad():
+        logits = model(torch.from_numpy(prompt).long()[None]).logits[0, :-1]
+    assert found == dict(zip(prompt[:-1].tolist(), logits.topk(3).indices.tolist(), strict=True))

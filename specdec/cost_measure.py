@@ -31,8 +31,8 @@ def measure_costs(
 ) -> CostModel:
     """The target's times, measured on itself with made-up prompts; its KV is as before afterwards.
 
-    Small steps come first, so that what matters most is known when the time is up. What was not reached follows from
-    what was, by the same rules as any refresh.
+    Small steps of the shortest context come first, so that what matters most is known when the time is up. What was
+    not reached follows from what was, by the same rules as any refresh.
 
     Args:
         target: idle.
@@ -52,8 +52,8 @@ def measure_costs(
     longest = target.max_length - max_tokens - _GROWTH
     contexts = [context for context in contexts if context <= longest] or [longest]
     table, begin = CostTable(), perf_counter()
-    for batch in batches:
-        for context in contexts:
+    for context in contexts:  # batches first: they differ more than contexts do
+        for batch in batches:
             is_first = not table.is_measured
             if not is_first and perf_counter() - begin > max_seconds:
                 return CostModel({"target": table})

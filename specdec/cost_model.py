@@ -80,8 +80,16 @@ class CostTable:
         """Milliseconds of one step."""
         return float(self.curve([tokens], context, batch)[0])
 
-    def observe(self, tokens: float, context: float, batch: float, ms: float) -> None:
-        """Learn what a step took; near cells learn with it, by their distance in doublings."""
+    def observe(self, tokens: float, context: float, batch: float, ms: float, *, share: float = 0.0) -> None:
+        """Learn what a step took; near cells learn with it, by their distance in doublings.
+
+        Args:
+            tokens: query tokens of the step.
+            context: mean length of its requests in tokens.
+            batch: its requests.
+            ms: what it took; times that are not positive and finite teach nothing.
+            share: least share of this time in what the nearest cell becomes, in [0, 1]; 0: by what the cell has seen.
+        """
         if not 0 < ms < np.inf:
             return
         expected = self.at(tokens, context, batch)
@@ -93,7 +101,7 @@ class CostTable:
             self.counts *= 0.0  # what was seen before was a first call, which compiles and allocates
         self._is_settled = self._is_settled or bool(self.counts.max() >= _FIRST)
         places = (math.log2(max(batch, 1.0)), math.log2(max(context, 1.0)), math.log2(max(tokens, 1.0)))
-        _refresh(self.ms, self.counts, places, ratio)
+        _refresh(self.ms, self.counts, places, ratio, max(share, _NEWEST))
         self.is_measured = True
 
 
@@ -155,7 +163,7 @@ def _nearness(grid: Floats, place: float) -> tuple[Floats, int]:
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _refresh(ms: Floats, counts: Floats, places: tuple[float, float, float], ratio: float) -> None:
+def _refresh(ms: Floats, counts: Floats, places: tuple[float, float, float], ratio: float, newest: float) -> None:
     """Move the cells around an observation towards it, and make the table monotone again around the nearest cell."""
     near_b, b = _nearness(_LOG_BATCHES, places[0])
     near_c, c = _nearness(_LOG_CONTEXTS, places[1])
@@ -165,7 +173,7 @@ def _refresh(ms: Floats, counts: Floats, places: tuple[float, float, float], rat
             for k in range(ms.shape[2]):
                 weight = near_b[i] * near_c[j] * near_t[k]
                 if weight > 1e-4:
-                    ms[i, j, k] *= 1.0 + weight * max(_NEWEST, 1.0 / (counts[i, j, k] + 1.0)) * (ratio - 1.0)
+                    ms[i, j, k] *= 1.0 + weight * max(newest, 1.0 / (counts[i, j, k] + 1.0)) * (ratio - 1.0)
                     counts[i, j, k] += weight
     # The newest measurement is right: what lies above it rises to it, what lies below sinks to it.
     value = ms[b, c, t]

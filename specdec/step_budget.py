@@ -24,11 +24,13 @@ from specdec.controller_floor import Floor
 from specdec.cost_model import CostModel
 from specdec.draft_turns import DraftTurns
 from specdec.errors import ConfigError
+from specdec.plain_probes import PlainProbes
 from specdec.tree import FloatArray
 
 __all__ = ["StepBudget", "choose_size"]
 
-_NEWEST = 0.03  # share of one step in the speed-up that the rate is made of
+_NEWEST = 0.03  # share of one step in the speed-up that the rate is made of,
+_FIRST_WEIGHT = 6.0  # once there were many; at first it is plain decoding's, as if seen in so many steps
 _DEARER, _CHEAPER = 0.05, 0.5  # and in what drafting costs: what disturbs or compiles only adds time
 _FIRST_DRAFTS = 6  # steps with drafts before the price of drafting may keep anybody from it
 _NO_NODE = 1e9  # a threshold that no value reaches
@@ -71,7 +73,9 @@ class StepBudget:
         self.costs = costs
         self.floor = Floor(floor)
         self.turns = DraftTurns()
+        self.probes = PlainProbes()
         self.speedup = 1.0  # of the engine over plain decoding, in the recent past
+        self._num_rated = _FIRST_WEIGHT
         self._draft_ms = np.inf  # for one request
         self._num_drafts = 0  # steps that drafted
         self._num_drafting = 0  # requests of this step
@@ -90,7 +94,7 @@ class StepBudget:
             most: the largest answer wanted.
         """
         self._requests, self._context, self._prefill = num_requests, context, num_prefill
-        may_draft = self.floor.may_draft()
+        may_draft = self.floor.may_draft() and not (num_prefill == 0 and self.probes.is_due(num_requests, context))
         sizes = np.arange(num_requests, num_requests * (1 + most * may_draft) + 1, dtype=np.float64)
         self._curve = costs = self.costs.step_curve(sizes, context, num_requests)
         # Prompt tokens take their time in any case: what a token is worth is told by steps that only decode.
@@ -155,15 +159,19 @@ class StepBudget:
             self._num_drafts += 1
             self._note_draft_ms(parts_ms.get("draft", 0.0) / self._num_drafting)
         plain_ms, is_known = float(self._step_ms(0)[0]), self.costs.is_measured
-        tokens = self._requests + self._prefill + drafted
+        tokens, share = self._requests + self._prefill + drafted, 0.0
+        if tokens == self._requests:
+            share = self.probes.seen(self._requests, self._context)
         for part, ms in parts_ms.items():
-            self.costs.tables[part].observe(tokens, self._context, self._requests, ms)
+            self.costs.tables[part].observe(tokens, self._context, self._requests, ms, share=share)
         if not is_known:
             return
         spent, tokens_each = sum(parts_ms.values()), emitted / self._requests
         speedup = min(tokens_each * plain_ms / spent, 64.0)
         if self._prefill == 0:
-            self.speedup = max(1.0, self.speedup + _NEWEST * (speedup - self.speedup))
+            self._num_rated += 1
+            newest = max(_NEWEST, 1 / self._num_rated)
+            self.speedup = max(1.0, self.speedup + newest * (speedup - self.speedup))
         self.floor.observe(tokens_each, spent, plain_ms, has_drafted=drafted + self._num_drafting > 0)
 
     def _note_draft_ms(self, ms: float) -> None:

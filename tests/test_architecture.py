@@ -20,7 +20,8 @@ LAYERS = [
     " specdec.kernels.*",
     "specdec.tree specdec.readings specdec.types specdec.device_work",
     "specdec.protocols specdec.config specdec.sampling specdec.processors.* specdec.stopping specdec.rope specdec.text"
-    " specdec.cost_model specdec.cost_measure specdec.controller_floor specdec.draft_turns specdec.step_budget",
+    " specdec.cost_model specdec.cost_measure specdec.controller_floor specdec.draft_turns"
+    " specdec.plain_probes specdec.step_budget",
     "specdec.verifier.* specdec.drafters.* specdec.mask_laws specdec.probe specdec.kv_slots specdec.kv_cache"
     " specdec.prefix_cache specdec.packed_linear specdec.query_layout specdec.strict_attention specdec.strict"
     " specdec.device_tables specdec.step_buffers specdec.kernel_attention specdec.kernel_runner"

@@ -12,6 +12,7 @@ from specdec.bench.recorded_acceptance import made_up_acceptance
 from specdec.controller_floor import Floor
 from specdec.cost_model import BATCHES, CONTEXTS, TOKENS, CostModel, CostTable
 from specdec.errors import ConfigError
+from specdec.plain_probes import PlainProbes
 from specdec.step_budget import StepBudget, choose_size
 
 
@@ -99,6 +100,25 @@ def test_what_never_comes_true_is_not_verified_any_more() -> None:
     assert lost / plain < 0.1  # the guard alone; with calibrated values it is 0.03, see the tests of fusion
 
 
+@pytest.mark.parametrize(("wrong", "up_to"), [(1.6, 9), (0.6, len(TOKENS))])  # 16 tokens, or all
+def test_a_wrong_price_of_plain_steps_is_found_though_drafting_always_pays(wrong: float, up_to: int) -> None:
+    truth = costs_of(16, 0.8, base=30.0)
+    costs = CostModel.of_dict(truth.as_dict())
+    costs.tables["target"].ms[:, :, :up_to] *= wrong
+    budget, num_plain = StepBudget(costs), 0
+    for _ in range(300):
+        most = budget.begin(16, 300.0, 0, 64)
+        values = np.full(16, 0.9, np.float32)
+        size = budget.choose(values) if most else 0
+        num_plain += size == 0
+        if size:
+            budget.judge([str(i) for i in range(16)], [0.9] * 16, [size // 16] * 16)
+        budget.finish(16 + int(0.9 * size), size, {"target": truth.step_ms(16 + size, 300.0, 16)})
+    assert num_plain < 12
+    for tokens in (16, 32):
+        assert costs.step_ms(tokens, 300.0, 16) == pytest.approx(truth.step_ms(tokens, 300.0, 16), rel=0.1)
+
+
 def test_the_guard_pauses_longer_each_time_and_comes_back() -> None:
     floor, pauses = Floor(), list[int]()
     for _ in range(4):
@@ -134,3 +154,17 @@ def test_options_are_checked() -> None:
         Floor(1.5)
     with pytest.raises(ConfigError, match="hysteresis must be >= 0"):
         StepBudget(CostModel(), hysteresis=-1.0)
+
+
+def test_plain_steps_are_asked_for_ever_more_seldom_and_by_batch_size() -> None:
+    probes, asked = PlainProbes(), list[int]()
+    for step in range(1000):
+        if probes.is_due(4, 200.0):
+            asked.append(step)
+            probes.seen(4, 200.0)
+    assert asked[0] == 6
+    assert np.diff(asked).min() >= 12
+    assert len(asked) <= 9
+    assert not any(probes.is_due(16, 200.0) for _ in range(6))
+    assert probes.is_due(16, 200.0)
+    assert probes.seen(32, 200.0) > probes.seen(32, 200.0)  # the first is believed most

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from specdec.bench import simulate, simulate_speed
+from specdec.bench import simulate, simulate_scaling, simulate_speed
 from specdec.bench.peers import arctic_cache
 from specdec.bench.prior import take_tokens
 from specdec.bench.traces import Encode, TokenCall, read_calls, tokenize_calls
@@ -125,7 +125,7 @@ def run_simulation(
         last = {call.trace: call.prompt_ids for source in sources.values() for call in source}
         varied = np.concatenate([text, *last.values()])
         sizes = [size for size in (250_000, 1_000_000, 4_000_000) if size <= len(varied)]
-        result["scaling"] = simulate_speed.cache_scaling(varied, sizes, with_peer=missing is None)
+        result["scaling"] = simulate_scaling.cache_scaling(varied, sizes, passes=passes, with_peer=missing is None)
     return result
 
 
@@ -239,14 +239,17 @@ def _prompt_lines(prompt: Mapping[str, Any]) -> list[str]:
 def _scaling_lines(scaling: Mapping[str, Any]) -> list[str]:
     lines = ["### Cache size", ""]
     lines += [
-        "| cached tokens | | insert us/token | speculate us | bytes/token | evict ms |",
-        "|---|---|---|---|---|---|",
+        "| | cached tokens | insert us/token | while growing | speculate us | evict ms | bytes/token |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in ("arctic", "ours"):
-        for row in scaling[name]:
-            values = [f"{value:.4g}" for key, value in row.items() if key != "cached_tokens"]
-            lines.append(f"| {row['cached_tokens']} | {name} | " + " | ".join(values) + " |")
-    return [*lines, ""]
+        lines += [
+            f"| {name} | {row['cached_tokens']} | {row['insert_us_per_token']:.4f} | {row['grow_us_per_token']:.4f} "
+            f"| {row['speculate_us_p50']:.2f} | {row['evict_ms_per_response']:.4f} | {row['bytes_per_token']:.1f} |"
+            for row in scaling[name]
+        ]
+    spans = ", ".join(f"{key} {value:.2f}" for key, value in scaling["times_as_much"].items())
+    return [*lines, "", f"The largest cache against the smallest, ours, times as much: {spans}.", ""]
 
 
 _PRINTERS: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {

@@ -1,4 +1,4 @@
-"""What drafting costs on the host: time per request-step, prompts, stalls, memory, eviction, growth.
+"""What drafting costs on the host: time per request-step, prompts, stalls.
 
 Both arms run in one process, alternating. Every pass makes the same calls in the same order, and of each call the least
 time over the passes counts: what other work on the machine adds to a call is no property of the drafter.
@@ -19,9 +19,9 @@ from specdec.bench.peers import arctic_cache
 from specdec.bench.traces import IntArray, TokenCall
 from specdec.suffix_tree.cache import SuffixCache
 
-__all__ = ["cache_scaling", "host_time", "long_prompt"]
+__all__ = ["THRESHOLD", "host_time", "long_prompt"]
 
-_THRESHOLD = 0.1  # the least probability that the peer drafts at by default; drafts about as many tokens
+THRESHOLD = 0.1  # the least probability that the peer drafts at by default; drafts about as many tokens
 
 
 Times = tuple[list[float], int, list[float]]  # seconds of each call, request-steps, seconds of each prompt
@@ -42,14 +42,14 @@ def _ours_one(calls: Sequence[TokenCall], width: int = 1) -> Times:
         truth = response.tolist()
         while at < len(truth):
             begin = clock()
-            live = cache.advance(number, new, budget=64, threshold=_THRESHOLD, as_tree=False)
+            live = cache.advance(number, new, budget=64, threshold=THRESHOLD, as_tree=False)
             draft = live.draft[: live.count, 0].tolist()
             spent.append(clock() - begin)
             right = _matching(draft, truth, at)
             stop = min(at + right + 1, len(truth))
             new, at, steps = response[at:stop], stop, steps + 1
         begin = clock()
-        cache.advance(number, new, budget=0, threshold=_THRESHOLD, as_tree=False)
+        cache.advance(number, new, budget=0, threshold=THRESHOLD, as_tree=False)
         cache.finish(number)
         del live
         spent.append(clock() - begin)
@@ -145,7 +145,7 @@ def _ours_many(calls: Sequence[TokenCall], width: int) -> Times:
     def step(lanes: list[_Lane], new: list[IntArray]) -> tuple[list[float], list[list[int]]]:
         begin = clock()
         ids = [lane.number for lane in lanes]
-        got = cache.step(ids, new, [64] * len(ids), threshold=_THRESHOLD, as_tree=False)
+        got = cache.step(ids, new, [64] * len(ids), threshold=THRESHOLD, as_tree=False)
         tokens, offsets = got.token_ids.tolist(), got.offsets.tolist()
         drafts = [tokens[a + 1 : b] for a, b in zip(offsets, offsets[1:], strict=False)]
         return [clock() - begin], drafts
@@ -251,81 +251,3 @@ def long_prompt(text: IntArray, *, passes: int, with_peer: bool) -> dict[str, An
             best = values if old is None else [min(a, b) for a, b in zip(values, old.values(), strict=True)]
             result[name] = dict(zip(("start_ms", "start_stall_ms", "stop_ms", "stop_stall_ms"), best, strict=True))
     return {"tokens": len(text), **result}
-
-
-def cache_scaling(text: IntArray, sizes: Sequence[int], *, response: int = 1500, with_peer: bool) -> dict[str, Any]:
-    """Fill a cache with responses of ``response`` tokens: cost of insertion, look-up, eviction and memory by size."""
-    result: dict[str, Any] = {"ours": [], "arctic": []}
-    ours = SuffixCache(max_bytes=1 << 30)
-    ours.warmup()
-    peer = arctic_cache() if with_peer else None
-    held = 0
-    for size in sizes:
-        pieces = [text[at : at + response] for at in range(held, size, response)]
-        result["ours"].append(_fill_ours(ours, pieces, held, text))
-        if peer is not None:
-            result["arctic"].append(_fill_arctic(peer, pieces, held, text))
-        held = size
-    return result
-
-
-def _fill_ours(cache: SuffixCache, pieces: list[IntArray], held: int, text: IntArray) -> dict[str, float]:
-    clock = time.perf_counter
-    times = []
-    for n, piece in enumerate(pieces):
-        begin = clock()
-        cache.insert(held + n, piece)
-        times.append((clock() - begin) / len(piece))
-    index = cache.index("")
-    probes = text[: held + sum(map(len, pieces))]
-    spans = np.linspace(0, len(probes) - 400, 400).astype(int)
-    looks = []
-    for n, at in enumerate(spans.tolist()):
-        cache.start(("probe", n), probes[at : at + 100], caching=False)
-        begin = clock()
-        cache.advance(("probe", n), np.empty(0, np.int32), budget=64, threshold=_THRESHOLD, as_tree=False)
-        looks.append(clock() - begin)
-        cache.finish(("probe", n))
-    nbytes, tokens = index.nbytes + index.table_nbytes, index.num_tokens
-    evicted = list(index.responses)[:100]
-    begin = clock()
-    for key in evicted:
-        cache.forget(key)
-    spent = clock() - begin
-    return {
-        "cached_tokens": tokens, "insert_us_per_token": 1e6 * float(np.median(times)),
-        "speculate_us_p50": 1e6 * float(np.median(looks)), "bytes_per_token": nbytes / tokens,
-        "evict_ms_per_response": 1e3 * spent / len(evicted),
-    }  # fmt: skip
-
-
-def _fill_arctic(cache: Any, pieces: list[IntArray], held: int, text: IntArray) -> dict[str, float]:
-    clock = time.perf_counter
-    times = []
-    for n, piece in enumerate(pieces):
-        cache.start_request(held + n, [])
-        begin = clock()
-        cache.add_active_response(held + n, piece)
-        times.append((clock() - begin) / len(piece))
-        cache.stop_request(held + n)
-    probes = text[: held + sum(map(len, pieces))]
-    looks = []
-    for at in np.linspace(0, len(probes) - 400, 400).astype(int).tolist():
-        cache.start_request("probe", probes[at : at + 100])
-        begin = clock()
-        cache.speculate("probe", probes[at + 36 : at + 100], max_spec_tokens=64)
-        looks.append(clock() - begin)
-        cache.stop_request("probe")
-        cache.evict_cached_response("probe")
-    tokens = len(probes)
-    nbytes = cache._global_tree.estimate_memory()
-    evicted = [key for key in list(cache.cached_requests)[:100] if key != "probe"]
-    begin = clock()
-    for key in evicted:
-        cache.evict_cached_response(key)
-    spent = clock() - begin
-    return {
-        "cached_tokens": tokens, "insert_us_per_token": 1e6 * float(np.median(times)),
-        "speculate_us_p50": 1e6 * float(np.median(looks)), "bytes_per_token": nbytes / tokens,
-        "evict_ms_per_response": 1e3 * spent / len(evicted),
-    }  # fmt: skip

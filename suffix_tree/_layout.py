@@ -24,6 +24,7 @@ PAGE_BITS: Final = 6
 PAGE_SIZE: Final = 1 << PAGE_BITS  # tokens
 PAGE_MASK: Final = PAGE_SIZE - 1
 TAIL: Final = 8  # prompt tokens kept before a cached response: they let another request predict its first tokens
+BLOCK: Final = 64  # tokens appended at a time: their heads are asked for from memory together
 WIPED: Final = -1  # the token of a free position; it equals no token of a context, so stale links fail to match
 
 # --- search ---------------------------------------------------------------------------------------------------------
@@ -117,4 +118,5 @@ S_MEMBER: Final = S_INPUTS + 2 * NODE_CELLS  # position and candidate of each me
 S_BRANCH: Final = S_MEMBER + 2 * MAX_MEMBERS
 BRANCH_WIDTH: Final = 5 + NODE_CELLS  # parent, token, first member, members, depth, inputs
 S_FLOAT: Final = S_BRANCH + BRANCH_WIDTH * MAX_BRANCHES  # float32: weight of each group, probability of each branch
-SCRATCH_SIZE: Final = S_FLOAT + GROUPS + MAX_BRANCHES
+S_KEYS: Final = S_FLOAT + GROUPS + MAX_BRANCHES  # [BLOCK, NUM_ORDERS]: bucket keys of tokens that are being appended
+SCRATCH_SIZE: Final = S_KEYS + BLOCK * NUM_ORDERS

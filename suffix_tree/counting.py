@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 
 from specdec.suffix_tree.memory import Int32Array, Int64Array, int32_at, kernel
-from specdec.suffix_tree.paged import bucket_of
+from specdec.suffix_tree.paged import bucket_key, bucket_of
 
 __all__ = ["append_windows", "child_of", "decay", "remove_windows", "walk"]
 
@@ -62,7 +62,7 @@ def _hash(parent: int, token: int) -> np.uint64:
 @kernel
 def _bucket(c: Int64Array, parent: int, token: int) -> int:
     value = _hash(parent, token)
-    return bucket_of(value ^ (value >> np.uint64(29)), c[C_NUM_BUCKETS], c[C_BUCKET_MASK])
+    return bucket_of(bucket_key(value ^ (value >> np.uint64(29))), c[C_NUM_BUCKETS], c[C_BUCKET_MASK])
 
 
 @kernel

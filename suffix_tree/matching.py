@@ -54,7 +54,7 @@ from specdec.suffix_tree._layout import (
     X_TOKENS,
 )
 from specdec.suffix_tree.memory import Int32Array, Int64Array, int32_at, int64_at, kernel, prefetch
-from specdec.suffix_tree.paged import bucket_of, first_hash, order_of, position_after, position_before
+from specdec.suffix_tree.paged import bucket_key, bucket_of, first_hash, order_of, position_after, position_before
 from specdec.suffix_tree.surroundings import UNKNOWN
 
 __all__ = ["advance_pins", "find_candidates", "prefetch_chains"]
@@ -173,7 +173,7 @@ def _chain_of(row: Int64Array, x: Int64Array, source: int, k: int) -> int:
     if source == 1 and row[R_SEQUENCE] > 0 and row[R_CHAINED] > 0:
         return int(int32_at(x[X_LINKS])[row[R_CHAINED] * NUM_ORDERS + k])  # behind what the request itself wrote last
     value = first_hash(int32_at(row[R_TOKENS])[row[R_LENGTH] - 1]) if k == 0 else np.uint64(row[R_HASH + k - 1])
-    return int(int32_at(x[X_HEADS])[bucket_of(value, x[X_NUM_BUCKETS], x[X_BUCKET_MASK]) * NUM_ORDERS + k])
+    return int(int32_at(x[X_HEADS])[bucket_of(bucket_key(value), x[X_NUM_BUCKETS], x[X_BUCKET_MASK]) * NUM_ORDERS + k])
 
 
 @kernel

@@ -10,9 +10,12 @@ Appending a token writes one token and one link per order: constant time, no reb
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 
 from specdec.suffix_tree._layout import (
+    BLOCK,
     NUM_ORDERS,
     ORDER_0,
     ORDER_1,
@@ -29,8 +32,10 @@ from specdec.suffix_tree._layout import (
     R_LENGTH,
     R_LINKS,
     R_POSITION,
+    R_SCRATCH,
     R_SEQUENCE,
     R_TOKENS,
+    S_KEYS,
     TAIL,
     WIPED,
     X_BUCKET_MASK,
@@ -51,11 +56,12 @@ from specdec.suffix_tree._layout import (
     X_TICK,
     X_TOKENS,
 )
-from specdec.suffix_tree.memory import Int32Array, Int64Array, int32_at, int64_at, kernel
+from specdec.suffix_tree.memory import Int32Array, Int64Array, int32_at, int64_at, kernel, prefetch
 
 __all__ = [
     "append_tokens",
     "begin_cached",
+    "bucket_key",
     "bucket_of",
     "context_hash",
     "first_hash",
@@ -69,6 +75,7 @@ _SCALE = np.uint64(0xBF58476D1CE4E5B9)  # odd constants of the splitmix64 finali
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _FINAL = np.uint64(0x94D049BB133111EB)
 _SHIFT = np.uint64(24)
+_KEY_MASK: Final = (1 << 31) - 1
 _BASE_1 = np.uint64(pow(int(_BASE), ORDER_1, 1 << 64))  # weight of the token that leaves a rolling window
 _BASE_2 = np.uint64(pow(int(_BASE), ORDER_2, 1 << 64))
 _BASE_3 = np.uint64(pow(int(_BASE), ORDER_3, 1 << 64))
@@ -102,10 +109,16 @@ def position_before(position: int, page_prev: Int32Array) -> int:
 
 
 @kernel
-def bucket_of(value: np.uint64, num_buckets: int, mask: int) -> int:
-    """Bucket of a context hash under linear hashing: ``mask`` covers the larger of the two table sizes in use."""
-    bucket = np.int64((value * _FINAL) >> _SHIFT) & mask
-    return int(bucket if bucket < num_buckets else bucket & (mask >> 1))
+def bucket_key(value: np.uint64) -> int:
+    """The bits of a context hash that choose its bucket: enough for 2^31 positions, and never negative as an int32."""
+    return int(np.int64((value * _FINAL) >> _SHIFT) & _KEY_MASK)
+
+
+@kernel
+def bucket_of(key: int, num_buckets: int, mask: int) -> int:
+    """Bucket of a key under linear hashing: ``mask`` covers the larger of the two table sizes in use."""
+    bucket = key & mask
+    return bucket if bucket < num_buckets else bucket & (mask >> 1)
 
 
 @kernel
@@ -126,96 +139,95 @@ def first_hash(token: int) -> np.uint64:
 
 
 @kernel
-def _grow_buckets(x: Int64Array, heads: Int32Array) -> None:
+def _copy_bucket(heads: Int32Array, bucket: int, mask: int) -> None:
     """Open one more bucket: it starts as a copy of the bucket whose positions it will share from now on."""
-    count = x[X_NUM_BUCKETS]
-    mask = x[X_BUCKET_MASK]
-    if count > mask:
-        mask = 2 * mask + 1
-        x[X_BUCKET_MASK] = mask
-    source = count & (mask >> 1)
+    source = bucket & (mask >> 1)
     for k in range(NUM_ORDERS):
-        heads[count * NUM_ORDERS + k] = heads[source * NUM_ORDERS + k]
-    x[X_NUM_BUCKETS] = count + 1
+        heads[bucket * NUM_ORDERS + k] = heads[source * NUM_ORDERS + k]
 
 
 @kernel
-def _next_position(x: Int64Array, row: Int64Array, token: int) -> int:
-    """Store a token at the end of a cached response and return its position; 0 if the index is full."""
+def _open_page(x: Int64Array, row: Int64Array) -> int:
+    """Give a cached response a further page; its first position, or 0 if the index is full."""
+    if x[X_NUM_FREE] > 0:
+        x[X_NUM_FREE] -= 1
+        page = np.int64(int32_at(x[X_FREE])[x[X_NUM_FREE]])
+    elif x[X_NUM_PAGES] < x[X_MAX_PAGES]:
+        page = x[X_NUM_PAGES]
+        x[X_NUM_PAGES] += 1
+    else:
+        return 0
+    before = row[R_POSITION] >> PAGE_BITS
+    page_next = int32_at(x[X_PAGE_NEXT])
+    int32_at(x[X_PAGE_OWNER])[page] = row[R_SEQUENCE]
+    page_next[page] = 0
+    int32_at(x[X_PAGE_PREV])[page] = before
+    tokens = int32_at(x[X_TOKENS])
+    for i in range(page << PAGE_BITS, (page + 1) << PAGE_BITS):
+        tokens[i] = WIPED
+    if before == 0:
+        int32_at(x[X_FIRST_PAGE])[row[R_SEQUENCE]] = page
+    else:
+        page_next[before] = page
+    return int(page << PAGE_BITS)
+
+
+@kernel
+def _next_position(x: Int64Array, row: Int64Array) -> int:
+    """Move a cached response on by one position and return it; 0 if the index is full."""
     position = row[R_POSITION]
     if position == 0 or (position & PAGE_MASK) == PAGE_MASK:
-        owner = int32_at(x[X_PAGE_OWNER])
-        page_next = int32_at(x[X_PAGE_NEXT])
-        page_prev = int32_at(x[X_PAGE_PREV])
-        if x[X_NUM_FREE] > 0:
-            x[X_NUM_FREE] -= 1
-            page = np.int64(int32_at(x[X_FREE])[x[X_NUM_FREE]])
-        elif x[X_NUM_PAGES] < x[X_MAX_PAGES]:
-            page = x[X_NUM_PAGES]
-            x[X_NUM_PAGES] += 1
-        else:
-            return 0
-        owner[page] = row[R_SEQUENCE]
-        page_next[page] = 0
-        page_prev[page] = position >> PAGE_BITS
-        tokens = int32_at(x[X_TOKENS])
-        for i in range(page << PAGE_BITS, (page + 1) << PAGE_BITS):
-            tokens[i] = WIPED
+        position = np.int64(_open_page(x, row))
         if position == 0:
-            int32_at(x[X_FIRST_PAGE])[row[R_SEQUENCE]] = page
-        else:
-            page_next[position >> PAGE_BITS] = page
-        position = page << PAGE_BITS
+            return 0
     else:
         position += 1
-    int32_at(x[X_TOKENS])[position] = token
     row[R_POSITION] = position
-    x[X_NUM_POSITIONS] += 1
     return int(position)
 
 
 @kernel
-def _link(x: Int64Array, links: Int32Array, heads: Int32Array, position: int, k: int, value: np.uint64) -> None:
-    head = bucket_of(value, x[X_NUM_BUCKETS], x[X_BUCKET_MASK]) * NUM_ORDERS + k
-    links[position * NUM_ORDERS + k] = heads[head]
-    heads[head] = position
+def _chain(links: Int32Array, heads: Int32Array, position: int, k: int, key: int, num_buckets: int, mask: int) -> None:
+    """Make ``position`` the newest of its chain of order k; without a key it is on none."""
+    previous = np.int32(0)
+    if key >= 0:
+        head = bucket_of(key, num_buckets, mask) * NUM_ORDERS + k
+        previous = heads[head]
+        heads[head] = position
+    links[position * NUM_ORDERS + k] = previous
 
 
 @kernel
-def _append_cached(
-    x: Int64Array,
-    row: Int64Array,
-    token: int,
-    available: int,
-    h0: np.uint64,
-    h1: np.uint64,
-    h2: np.uint64,
-    h3: np.uint64,
-) -> bool:
-    """Append one token to the cached response and chain it under the contexts (hashes h0..h3) that end at it.
+def _chain_cached(x: Int64Array, row: Int64Array, new: Int32Array, start: int, stop: int, keys: Int32Array) -> bool:
+    """Append ``new[start:stop]`` to the cached response and chain each token under the contexts that end at it.
 
-    ``available`` is how many tokens of context there are, the token included. False: the index is full, and the
-    response stays cached as far as it got.
+    ``keys`` are those of ``_stage``. False: the index is full, and the response stays cached as far as it got.
     """
-    position = _next_position(x, row, token)
-    if position == 0:
-        return False
+    tokens = int32_at(x[X_TOKENS])
     links = int32_at(x[X_LINKS])
     heads = int32_at(x[X_HEADS])
-    if 2 * x[X_NUM_BUCKETS] < x[X_NUM_POSITIONS]:
-        _grow_buckets(x, heads)
-    base = position * NUM_ORDERS
-    links[base + 1] = 0
-    links[base + 2] = 0
-    links[base + 3] = 0
-    _link(x, links, heads, position, 0, h0)
-    if available >= ORDER_1:
-        _link(x, links, heads, position, 1, h1)
-    if available >= ORDER_2:
-        _link(x, links, heads, position, 2, h2)
-    if available >= ORDER_3:
-        _link(x, links, heads, position, 3, h3)
-    return True
+    num_buckets = x[X_NUM_BUCKETS]
+    mask = x[X_BUCKET_MASK]
+    num_positions = x[X_NUM_POSITIONS]
+    fits = True
+    for i in range(start, stop):
+        position = _next_position(x, row)
+        if position == 0:
+            fits = False
+            break
+        tokens[position] = new[i]
+        num_positions += 1
+        if 2 * num_buckets < num_positions:
+            if num_buckets > mask:
+                mask = 2 * mask + 1
+            _copy_bucket(heads, num_buckets, mask)
+            num_buckets += 1
+        for k in range(NUM_ORDERS):
+            _chain(links, heads, position, k, keys[(i - start) * NUM_ORDERS + k], num_buckets, mask)
+    x[X_NUM_BUCKETS] = num_buckets
+    x[X_BUCKET_MASK] = mask
+    x[X_NUM_POSITIONS] = num_positions
+    return fits
 
 
 @kernel
@@ -229,43 +241,42 @@ def begin_cached(x: Int64Array, row: Int64Array) -> None:
     length = row[R_LENGTH]
     first = max(1, length - TAIL)
     links = int32_at(x[X_LINKS])
+    heads = int32_at(x[X_HEADS])
     for p in range(first, length):
-        position = _next_position(x, row, tokens[p])
+        position = _next_position(x, row)
         if position == 0:
             row[R_SEQUENCE] = -row[R_SEQUENCE]
             return
+        int32_at(x[X_TOKENS])[position] = tokens[p]
+        x[X_NUM_POSITIONS] += 1
         for k in range(NUM_ORDERS):
-            links[position * NUM_ORDERS + k] = 0
+            key = -1
             if p == length - 1 and length - first >= order_of(k):
-                _link(x, links, int32_at(x[X_HEADS]), position, k, context_hash(tokens, p, order_of(k)))
+                key = bucket_key(context_hash(tokens, p, order_of(k)))
+            _chain(links, heads, position, k, key, x[X_NUM_BUCKETS], x[X_BUCKET_MASK])
 
 
 @kernel
-def _link_own(links: Int32Array, heads: Int32Array, mask: int, position: int, k: int, value: np.uint64) -> None:
-    head = (np.int64((value * _FINAL) >> _SHIFT) & mask) * NUM_ORDERS + k
-    links[position * NUM_ORDERS + k] = heads[head]
-    heads[head] = position
+def _stage(row: Int64Array, new: Int32Array, start: int, stop: int, keys: Int32Array) -> None:
+    """Append ``new[start:stop]`` to the request's text; write the bucket keys of all contexts that end in it.
 
-
-@kernel
-def append_tokens(row: Int64Array, new: Int32Array, start: int, stop: int, caching: bool) -> None:
-    """Append ``new[start:stop]`` to the request's own text and, if ``caching``, to its cached response."""
+    Args:
+        row: the request.
+        new: tokens; at most BLOCK of them are taken.
+        start: of those.
+        stop: likewise.
+        keys: [stop - start, NUM_ORDERS] out; -1 where there is not enough context.
+    """
     tokens = int32_at(row[R_TOKENS])
-    links = int32_at(row[R_LINKS])
-    heads = int32_at(row[R_HEADS])
-    mask = row[R_BUCKET_MASK]
     length = row[R_LENGTH]
-    x = int64_at(row[R_INDEX])
-    if caching:
-        x[X_TICK] += 1
-        int32_at(x[X_LAST_USED])[row[R_SEQUENCE]] = x[X_TICK]
     h1 = np.uint64(row[R_HASH])  # as far as there is context
     h2 = np.uint64(row[R_HASH + 1])
     h3 = np.uint64(row[R_HASH + 2])
-    for i in range(start, stop):
-        p = length + i - start
-        tokens[p] = new[i]
-        h0 = first_hash(new[i])
+    for i in range(stop - start):
+        p = length + i
+        token = new[start + i]
+        tokens[p] = token
+        h0 = first_hash(token)
         h1 = h1 * _BASE + h0
         h2 = h2 * _BASE + h0
         h3 = h3 * _BASE + h0
@@ -275,26 +286,62 @@ def append_tokens(row: Int64Array, new: Int32Array, start: int, stop: int, cachi
             h2 -= np.uint64(tokens[p - ORDER_2]) * _SCALE * _BASE_2
         if p > ORDER_3:
             h3 -= np.uint64(tokens[p - ORDER_3]) * _SCALE * _BASE_3
-        base = p * NUM_ORDERS
-        links[base + 1] = 0
-        links[base + 2] = 0
-        links[base + 3] = 0
-        _link_own(links, heads, mask, p, 0, h0)
-        if p >= ORDER_1:
-            _link_own(links, heads, mask, p, 1, h1)
-        if p >= ORDER_2:
-            _link_own(links, heads, mask, p, 2, h2)
-        if p >= ORDER_3:
-            _link_own(links, heads, mask, p, 3, h3)
-        if caching and not _append_cached(x, row, new[i], p, h0, h1, h2, h3):
-            caching = False
-            row[R_SEQUENCE] = -row[R_SEQUENCE]
+        base = i * NUM_ORDERS
+        keys[base] = bucket_key(h0)
+        keys[base + 1] = bucket_key(h1) if p >= ORDER_1 else -1
+        keys[base + 2] = bucket_key(h2) if p >= ORDER_2 else -1
+        keys[base + 3] = bucket_key(h3) if p >= ORDER_3 else -1
     row[R_HASH] = np.int64(h1)
     row[R_HASH + 1] = np.int64(h2)
     row[R_HASH + 2] = np.int64(h3)
+
+
+@kernel
+def _prefetch_heads(x: Int64Array, num_tokens: int, keys: Int32Array) -> None:
+    """Ask for the heads of staged tokens: in a large index each lies in a cache line of its own, far away."""
+    heads = x[X_HEADS]
+    num_buckets = x[X_NUM_BUCKETS]
+    mask = x[X_BUCKET_MASK]
+    for i in range(num_tokens * NUM_ORDERS):
+        if keys[i] >= 0:
+            prefetch(heads + 4 * NUM_ORDERS * bucket_of(keys[i], num_buckets, mask))
+
+
+@kernel
+def _chain_own(row: Int64Array, num_tokens: int, keys: Int32Array) -> None:
+    """Chain the last ``num_tokens`` tokens of the request's own text, which are not counted in its length yet."""
+    links = int32_at(row[R_LINKS])
+    heads = int32_at(row[R_HEADS])
+    mask = row[R_BUCKET_MASK]
+    length = row[R_LENGTH]
+    for i in range(num_tokens):
+        for k in range(NUM_ORDERS):
+            _chain(links, heads, length + i, k, keys[i * NUM_ORDERS + k], mask + 1, mask)
+
+
+@kernel
+def append_tokens(row: Int64Array, new: Int32Array, start: int, stop: int, caching: bool) -> None:
+    """Append ``new[start:stop]`` to the request's own text and, if ``caching``, to its cached response.
+
+    Tokens are taken in blocks: first the keys of a whole block, so that the misses of its heads overlap.
+    """
+    x = int64_at(row[R_INDEX])
+    keys = int32_at(row[R_SCRATCH] + 4 * S_KEYS)
+    if caching:
+        x[X_TICK] += 1
+        int32_at(x[X_LAST_USED])[row[R_SEQUENCE]] = x[X_TICK]
+    for first in range(start, stop, BLOCK):
+        last = min(first + BLOCK, stop)
+        _stage(row, new, first, last, keys)
+        if caching:
+            _prefetch_heads(x, last - first, keys)
+        _chain_own(row, last - first, keys)
+        if caching and not _chain_cached(x, row, new, first, last, keys):
+            caching = False
+            row[R_SEQUENCE] = -row[R_SEQUENCE]
+        row[R_LENGTH] += last - first
     row[R_CHAINED] = row[R_POSITION] if caching else 0
-    row[R_LENGTH] = length + stop - start
-    tokens[row[R_LENGTH]] = WIPED
+    int32_at(row[R_TOKENS])[row[R_LENGTH]] = WIPED
 
 
 @kernel

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from specdec.bench.peers import arctic_cache, replay_arctic
 from specdec.bench.prior import COUNT_LIMIT, take_tokens, train_prior
 from specdec.bench.simulate import SETTINGS, compare, run_ours, run_reference, run_sources
-from specdec.bench.simulate_speed import cache_scaling, host_time, long_prompt
+from specdec.bench.simulate_scaling import cache_scaling
+from specdec.bench.simulate_speed import host_time, long_prompt
 from specdec.bench.traces import TokenCall
 from specdec.cli import app
 from specdec.errors import ConfigError
@@ -91,8 +92,15 @@ def test_timings_have_every_field():
     assert host["2"]["ours"] > 0
     text = np.arange(5000, dtype=np.int32) % 777
     assert long_prompt(text, passes=1, with_peer=False)["ours"]["start_ms"] > 0
-    [row, _] = cache_scaling(text, [2000, 5000], response=500, with_peer=False)["ours"]
-    assert row["bytes_per_token"] > 20
+
+
+def test_caches_are_measured_at_the_sizes_asked_for():
+    text = np.arange(5000, dtype=np.int32) % 777
+    found = cache_scaling(text, [2000, 4000], passes=2, response=500, with_peer=False)
+    assert [row["cached_tokens"] for row in found["ours"]] == [2000, 4000]
+    assert all(value > 0 for row in found["ours"] for value in row.values())
+    assert found["ours"][0]["bytes_per_token"] > found["ours"][1]["bytes_per_token"] > 20  # the tables are shared
+    assert found["times_as_much"]["speculate_us_p50"] > 0
 
 
 def test_a_trained_prior_has_learned():

@@ -4,8 +4,10 @@
 
 Recorded answers are forced onto a model with random weights, so all arms write the same text and only time differs.
 Arms take turns, call by call or batch by batch, in one process. Stores know the half of the episodes that is not
-measured. Decoding speed leaves the prompt's time out: where requests run alone, from the first token to the last; with
-several at a time, the steps in which all of them decode.
+measured, and every arm has served some calls of the other half. The fixed lengths that are timed are those that are
+best on the simulated clock (``specdec.bench.paper_speed``), which tries more of them. Decoding speed leaves the
+prompt's time out: where requests run alone, from the first token to the last; with several at a time, the steps in
+which all of them decode.
 
 All times, also those by which the controller decides, are the CPU time of the one thread that does all the work: on an
 idle machine the time on the wall, on a busy one without the neighbours. So run it with OMP_NUM_THREADS=1.
@@ -35,6 +37,7 @@ from specdec.bench.load_policies import LoadLimits, Policy, Served
 from specdec.bench.load_record import record_acceptance
 from specdec.bench.load_validation import fit_arrivals, prediction_errors, serve_load
 from specdec.bench.measure import write_json
+from specdec.bench.scripted import serve_scripted
 from specdec.bench.workload import Limits, WorkItem, Workload
 from specdec.build import build_engine, model_max_length
 from specdec.controller_adaptive import AdaptiveController
@@ -51,9 +54,7 @@ from specdec.protocols import Drafter
 from specdec.routes import choose_route
 
 __all__ = [
-    "ALONE",
     "FUSED",
-    "TOGETHER",
     "batch_size",
     "decode_seconds",
     "jobs_of",
@@ -67,10 +68,9 @@ __all__ = [
 
 # Recycling reads the target's own logits, and those of random weights say nothing about a recorded answer.
 FUSED = ("suffix", "lookahead", "ngram")
-# Fixed lengths that may be the best: long ones where requests run alone, short ones where many share a step.
-ALONE = {"suffix": (4, 8, 16, 32), "lookahead": (8, 16), "ngram": (8,)}
-TOGETHER = {"suffix": (1, 2, 4), "lookahead": (2,), "ngram": (2,)}
 _TRIE_CALLS = 60  # a saved trie is counted anew when it is loaded
+# Every arm has served so many other calls before it is timed: an engine that has just been started is another question.
+_PAPER_CALLS, _PAPER_BUDGET = 24, 16
 
 
 def use_clock(clock: Callable[[], float]) -> None:
@@ -142,13 +142,9 @@ def build_arms(names: Sequence[str], model: Any, stores: Path, concurrency: int)
     make = partial(build_engine, model, route=route, kv_tokens=concurrency * 1400, costs="measure")
     for name in names:
         base, _, length = name.partition("@")
-        if base == "plain":
-            arms.append(EngineArm(name, make, "none", budget=0, concurrency=concurrency))
-        else:
-            budget = int(length) if length else None
-            arms.append(
-                EngineArm(name, make, partial(make_drafter, base, stores), budget=budget, concurrency=concurrency)
-            )
+        guesser = "none" if base == "plain" else partial(make_drafter, base, stores)
+        budget = 0 if base == "plain" else int(length) if length else None
+        arms.append(EngineArm(name, make, guesser, budget=budget, concurrency=concurrency))
     return arms
 
 
@@ -209,7 +205,7 @@ def run_arms(
 
 def ratio(arms: dict[str, Any], ours: str, base: str, *, seed: int = 0) -> dict[str, float]:
     """Speed of one arm over another, pooled, with a 95 % bootstrap interval over the batches."""
-    seconds = {name: np.array(arms[name]["seconds"]) / 1 for name in (ours, base)}
+    seconds = {name: np.array(arms[name]["seconds"]) for name in (ours, base)}
     tokens = {name: np.array(arms[name]["tokens"]) for name in (ours, base)}
     rng = np.random.default_rng(seed)
 
@@ -248,10 +244,14 @@ def measure_group(
 ) -> dict[str, Any]:
     """One group of sources at one number of requests at a time."""
     arms = build_arms(names, model, stores, concurrency)
+    served = [(item.prompt_ids, item.response_ids) for item in items[-_PAPER_CALLS:]]
+    items = items[:-_PAPER_CALLS]
     num_warm = max(concurrency, 3)
     jobs, size = jobs_of(items[:-num_warm]), batch_size(concurrency)
     batches = [jobs[at : at + size] for at in range(0, len(jobs) - size + 1, size)]
     try:
+        for arm in arms:
+            serve_scripted(arm.engine.drafter, served, model.config.vocab_size, arm.budget or _PAPER_BUDGET)
         found = run_arms(arms, jobs_of(items[-num_warm:]), batches, concurrency, limit_s)
         details = fused_details(next((arm for arm in arms if arm.name == "fused"), arms[0]))
     finally:
@@ -301,7 +301,11 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=80)
     parser.add_argument("--seconds", type=float, default=60, help="of CPU time, for each group and concurrency")
     parser.add_argument("--agent-concurrency", default="1,16")
-    parser.add_argument("--concurrency", default="1,4,16,32", help="of the controls")
+    parser.add_argument("--concurrency", default="1,2,4,8,16,32", help="of the controls")
+    parser.add_argument(
+        "--alone", default="suffix@8,suffix@16", help="fixed arms that agents' calls alone are timed by"
+    )
+    parser.add_argument("--together", default="suffix@1,suffix@2", help="and several at a time")
     parser.add_argument("--stores", type=Path, default=Path(tempfile.gettempdir()) / "specdec-adaptive-stores")
     parser.add_argument("--prepare", action="store_true", help="train the stores and stop")
     parser.add_argument(
@@ -311,10 +315,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     words = transformers.AutoTokenizer.from_pretrained(options.tokenizer)
-    groups = {"agents": options.agents, "controls": options.controls}
     options.stores.mkdir(parents=True, exist_ok=True)
     if options.prepare:
-        for group, paths in groups.items():
+        for group, paths in (("agents", options.agents), ("controls", options.controls)):
             if paths:
                 kept = take_calls(paths, words, calls=options.train_calls, prompt=options.prompt, response=400, half=0,
                                   per_episode=0)  # fmt: skip
@@ -329,8 +332,7 @@ def main() -> None:
         )
         result["agents"] = []
         for number in map(int, options.agent_concurrency.split(",")):
-            lengths = ALONE if number == 1 else TOGETHER
-            names = ["plain", "fused", *(f"{name}@{n}" for name, few in lengths.items() for n in few)]
+            names = ["plain", "fused", *(options.alone if number == 1 else options.together).split(",")]
             mine = items if number == 1 else [_shortened(item) for item in items]
             result["agents"].append(
                 measure_group(model, mine, options.stores / "agents", names, number, options.seconds)
@@ -348,7 +350,7 @@ def main() -> None:
         )
         result["controls"] = []
         for number in map(int, options.concurrency.split(",")):
-            mine = items[: max(7 * number, 15)]
+            mine = items[: max(5 * number, 15) + _PAPER_CALLS]
             result["controls"].append(
                 measure_group(model, mine, options.stores / "controls", ["plain", "fused"], number, options.seconds)
             )

@@ -19,9 +19,7 @@ import numpy as np
 import transformers
 
 from specdec.bench.adaptive_speed import (
-    ALONE,
     FUSED,
-    TOGETHER,
     batch_size,
     decode_seconds,
     jobs_of,
@@ -44,6 +42,9 @@ from specdec.types import Chunk, DraftTree, RequestState, StepEvent, TargetOutpu
 
 __all__ = ["PaperClock", "PricedDrafter", "PricedTarget", "main", "paper_engine"]
 
+# Fixed lengths that may be the best: long ones where requests run alone, short ones where many share a step.
+ALONE = {"suffix": (4, 8, 16, 32), "lookahead": (8, 16), "ngram": (8,)}
+TOGETHER = {"suffix": (1, 2, 4), "lookahead": (2,), "ngram": (2,)}
 # Milliseconds of a call and of each of its requests, on one core.
 PRICES = {"suffix": (0.05, 0.12), "lookahead": (0.02, 0.06), "ngram": (0.02, 0.02)}
 

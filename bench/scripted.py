@@ -19,10 +19,10 @@ from specdec.config import EngineConfig
 from specdec.engine import Engine
 from specdec.errors import ConfigError, InternalError
 from specdec.protocols import Drafter, Observer
-from specdec.types import Chunk, DraftTree, IntArray, RequestState, TargetOutput
+from specdec.types import Chunk, DraftTree, IntArray, Request, RequestState, SamplingParams, TargetOutput
 from specdec.verifier.match import MatchVerifier
 
-__all__ = ["ScriptedTarget", "scripted_engine"]
+__all__ = ["ScriptedTarget", "scripted_engine", "serve_scripted"]
 
 _MAX_DRAFT_TOKENS = 256  # of one step, as the tree target has it
 _MAX_LENGTH = 1 << 22  # longer than any recorded call
@@ -130,3 +130,20 @@ def scripted_engine(
         config=config,
         observers=observers,
     )
+
+
+def serve_scripted(drafter: Drafter, calls: Sequence[tuple[IntArray, IntArray]], vocab_size: int, budget: int) -> None:
+    """Let a drafter serve calls one after the other without a model, so that it learns as in service.
+
+    Args:
+        drafter: it must not read logits.
+        calls: prompt [P] int32 and recorded answer [G] int32 of each.
+        vocab_size: token ids must be below it.
+        budget: most draft tokens per step.
+    """
+    with scripted_engine(vocab_size, drafter, budget=budget, max_batch_size=1) as engine:
+        for number, (prompt_ids, response_ids) in enumerate(calls):
+            forced = ForcedResponse([response_ids], len(prompt_ids))
+            sampling = SamplingParams(max_new_tokens=len(response_ids), logits_processors=(forced,))
+            for _ in engine.generate([Request(f"scripted-{number}", prompt_ids, sampling)]):
+                pass

@@ -11,6 +11,7 @@ from specdec import controller_adaptive, engine
 from specdec.bench import adaptive_speed
 from specdec.bench.arms import EngineArm, Job
 from specdec.bench.paper_speed import PaperClock, PricedDrafter, paper_engine
+from specdec.bench.scripted import serve_scripted
 from specdec.cost_model import CostModel, line_of
 from specdec.device_work import DeviceClock
 from specdec.drafters.fusion import FusedDrafter
@@ -82,3 +83,11 @@ def test_a_first_draft_that_compiles_does_not_stop_drafting() -> None:
 
 def test_the_clock_is_given_back() -> None:
     assert controller_adaptive.AdaptiveController().plan([], None) == []  # type: ignore[arg-type]
+
+
+def test_a_drafter_learns_from_calls_that_are_served_without_a_model() -> None:
+    drafter = FusedDrafter([("ngram", NgramDrafter())])
+    text = np.array([1, 2, 3, 4] * 8, np.int32)
+    serve_scripted(drafter, [(text[:12], text[12:])] * 2, 100, 4)
+    assert sum(point.count for point in drafter.reliability()) > 5
+    assert drafter.costs_and_gains()["ngram"]["gain"] > 1.0

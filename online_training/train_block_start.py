@@ -21,6 +21,7 @@ from specdec.drafters.diffusion_export import new_weights, unstacked_weights
 from specdec.drafters.diffusion_head import DiffusionConfig, MarkovKind
 from specdec.errors import ConfigError, UnsupportedError
 from specdec.online_training.data import Example, collate
+from specdec.online_training.train_block_copy import copying_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +44,7 @@ class BlockShape:
             the target's final norm, is not among them.
         num_layers: decoder layers.
         begin_as: the target's layers that they begin as; empty: random weights.
+        is_copying: these are made to copy from the first step, see ``train_block_copy``.
         mask_token_id: a token that no text holds; None: the target's padding token.
         markov: kind of the Markov head.
         rank: of the Markov head.
@@ -57,6 +59,7 @@ class BlockShape:
     hidden_layers: tuple[int, ...]
     num_layers: int
     begin_as: tuple[int, ...] = ()
+    is_copying: bool = False
     mask_token_id: int | None = None
     markov: MarkovKind = "none"
     rank: int = 0
@@ -102,6 +105,10 @@ def new_block_head(
     weights = unstacked_weights(config, drawn)
     if shape.begin_as:
         _copy_layers(shape, target, examples, weights, inner)
+    if shape.is_copying:
+        config, weights = copying_head(
+            config, weights, target, begin_as=shape.begin_as, examples=examples, seed=shape.seed
+        )
     if shape.markov != "none":
         before, after = _bigrams(examples, vocab_size, shape.rank)
         weights |= {"markov_head.markov_w1.weight": before, "markov_head.markov_w2.weight": after}

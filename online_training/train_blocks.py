@@ -4,8 +4,8 @@ From each text some answered tokens are drawn as anchors. A block behind an anch
 before it and learns the target's laws of the tokens that follow, every guess given the text's own tokens before it
 (only the Markov and the confidence head look at those). Guesses behind the first token without a weight teach nothing.
 
-A confidence head learns the acceptance rate of the same laws, 1 - TV, which carries no gradient; its own loss reaches
-the whole head.
+A confidence head learns the acceptance rate of the same laws, 1 - TV, or, for greedy decoding, whether their likeliest
+tokens agree; neither carries a gradient, its own loss reaches the whole head.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ from specdec.online_training.losses import (
 from specdec.online_training.train_export import write_checkpoint
 from specdec.online_training.train_module import BatchSums, DraftModule, install_weights, prefix_lengths
 
-__all__ = ["BlockModule", "BlockOptions", "SlotWeights"]
+__all__ = ["BlockModule", "BlockOptions", "ConfidenceOf", "SlotWeights"]
 
 SlotWeights = Literal["decay", "dpace"]
+ConfidenceOf = Literal["drawn", "likeliest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,8 @@ class BlockOptions:
         slot_weights: how guesses of a block are weighed: ``decay`` (DFlash) or ``dpace`` (D-PACE).
         decay: rate of ``decay``: guess k, from 0, weighs exp(-k / decay).
         confidence: factor of the confidence head's loss.
+        confidence_of: what it tells the chance of: that a token drawn from the guess's law is accepted (``drawn``, as
+            published), or that its likeliest token is the target's (``likeliest``: greedy decoding).
 
     Raises:
         ConfigError: a field is outside its rule.
@@ -61,12 +64,15 @@ class BlockOptions:
     slot_weights: SlotWeights = "decay"
     decay: float = 4.0
     confidence: float = 1.0
+    confidence_of: ConfidenceOf = "drawn"
 
     def __post_init__(self) -> None:
         if self.num_anchors < 1 or not self.decay > 0 or self.confidence < 0:
             raise ConfigError(f"num_anchors must be >= 1, decay > 0 and confidence >= 0, got {self}")
         if self.slot_weights not in ("decay", "dpace"):
             raise ConfigError(f"slot_weights must be decay or dpace, got {self.slot_weights!r}")
+        if self.confidence_of not in ("drawn", "likeliest"):
+            raise ConfigError(f"confidence_of must be drawn or likeliest, got {self.confidence_of!r}")
 
 
 class BlockModule(DraftModule):
@@ -113,12 +119,14 @@ class BlockModule(DraftModule):
         teacher = self.features.teacher_logits(batch.last[example, anchors[example, block] + guess])
         labels = block_labels(self.config, batch.token_ids, anchors)[counts]
         losses = row_losses(student, teacher, self.options.mix, labels=labels)
+        agrees = student.detach().argmax(-1) == teacher.argmax(-1)
         if confidences is not None and self.options.confidence:
-            rates = acceptance_rates(student, teacher)
+            is_greedy = self.options.confidence_of == "likeliest"
+            rates = agrees.float() if is_greedy else acceptance_rates(student, teacher)
             losses = losses + self.options.confidence * confidence_losses(confidences[counts], rates)
         shares = self._shares(weights, student, labels)[counts]
         found = torch.zeros_like(counts)
-        found[counts] = student.detach().argmax(-1) == teacher.argmax(-1)
+        found[counts] = agrees
         whole = counts.all(-1)
         return BatchSums(
             # Without any guess the sum must still lead back to the weights.

@@ -20,7 +20,7 @@ from specdec.errors import ConfigError, UnsupportedError
 from specdec.online_training.data import Example, frequent_ids, read_examples
 from specdec.online_training.features import TargetFeatures
 from specdec.online_training.train_block_start import BlockShape, new_block_head, published_layers
-from specdec.online_training.train_blocks import BlockModule, BlockOptions, SlotWeights
+from specdec.online_training.train_blocks import BlockModule, BlockOptions, ConfidenceOf, SlotWeights
 from specdec.online_training.train_eagle import EagleModule, EagleOptions
 from specdec.online_training.train_lm import LmModule, LmOptions, first_layers
 from specdec.online_training.train_module import DraftModule
@@ -56,6 +56,7 @@ class BlockPlan:
 
     Args:
         begin_as: target layers that its layers begin as; empty: random weights.
+        is_copying: the layers are made to copy from the first step.
         mask_token_id: None: the target's padding token.
         inner_size: width of the MLPs; 0: the target's.
         markov: kind of DSpark's Markov head.
@@ -64,9 +65,11 @@ class BlockPlan:
         slot_weights: ``decay`` or ``dpace``.
         decay: rate of ``decay``.
         confidence: factor of the loss of DSpark's confidence head; 0: without the head.
+        confidence_of: what it tells the chance of: ``drawn`` or ``likeliest`` tokens.
     """
 
     begin_as: tuple[int, ...] = ()
+    is_copying: bool = False
     mask_token_id: int | None = None
     inner_size: int = 0
     markov: MarkovKind = "vanilla"
@@ -75,6 +78,7 @@ class BlockPlan:
     slot_weights: SlotWeights = "decay"
     decay: float = 4.0
     confidence: float = 1.0
+    confidence_of: ConfidenceOf = "drawn"
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +186,9 @@ def build_module(
 
 def _blocks(plan: DrafterPlan, target: PreTrainedModel, examples: Sequence[Example], cache: Path | None) -> BlockModule:
     text, own = target.config.get_text_config(), plan.blocks
-    options = BlockOptions(plan.losses, own.anchors, own.slot_weights, own.decay, own.confidence)
+    options = BlockOptions(
+        plan.losses, own.anchors, own.slot_weights, own.decay, own.confidence, confidence_of=own.confidence_of
+    )
     if plan.init is not None:
         files = read_diffusion_files(plan.init)
         config, weights = files.head_config(text), files.published
@@ -194,7 +200,7 @@ def _blocks(plan: DrafterPlan, target: PreTrainedModel, examples: Sequence[Examp
         shape = BlockShape(
             guesses_next=is_dspark, num_guesses=plan.depth or (7 if is_dspark else 15),
             hidden_layers=plan.layers or published_layers(int(text.num_hidden_layers)),
-            num_layers=plan.num_layers or 5, begin_as=own.begin_as, mask_token_id=own.mask_token_id,
+            num_layers=plan.num_layers or 5, begin_as=own.begin_as, is_copying=own.is_copying, mask_token_id=own.mask_token_id,
             inner_size=own.inner_size, markov=own.markov if is_dspark else "none",
             rank=own.rank if is_dspark and own.markov != "none" else 0,
             has_confidence=is_dspark and own.confidence > 0, max_length=plan.max_length, seed=plan.seed,
@@ -223,7 +229,7 @@ def _eagle(plan: DrafterPlan, target: PreTrainedModel, examples: Sequence[Exampl
             raise ConfigError(f"layers must be in 0..{num_layers}, got {layers}")
         ids = frequent_ids(examples, plan.draft_vocab or vocab_size, vocab_size)
         config, weights = new_head(
-            target, layers=layers, target_ids=ids, norm_before_residual=plan.layout == "speculators",
+            target, layers=layers, examples=examples, target_ids=ids, norm_before_residual=plan.layout == "speculators",
             max_length=plan.max_length, seed=plan.seed,
         )  # fmt: skip
     features = TargetFeatures(target, config.hidden_layers, cache=cache)

@@ -1,23 +1,30 @@
 """The first weights of a new EAGLE-3 head: it starts as an induction head, which copies, and learns the rest.
 
-A row s of a head holds the token s + 1 and, in the target's state, the token s. So one attention layer can do what
-two do in a language model (Olsson et al. 2022, arXiv 2209.11895): the query is the token just read, the keys are the
-tokens of the states, the values are the tokens that came next. Where the newest token stood before, the head then says
-what followed it. Only slowly rotating pairs of the rotary embedding take part, so that the match does not depend on the
-distance.
+A row s of a head holds the token s + 1 and, in the target's state, the token s and what the target knows of those
+before it. So one attention layer can do what two do in a language model (Olsson et al. 2022, arXiv 2209.11895): the
+keys are the states, the query is what the newest token's state will be, by a regression on that token and on the state
+before it; the values are the tokens that came next. Where the newest tokens stood before, the head then says what
+followed them. A low layer that looks back a few tokens finds the same context, not only the same token.
+
+Only slowly rotating pairs of the rotary embedding take part, so that the match does not depend on the distance. The
+head's next level reads its output in place of a state. So the values also carry on the state found, in directions that
+the ``lm_head`` hardly reads: it stands for the one that the target would have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from specdec.drafters.eagle_head import EagleConfig
 from specdec.errors import UnsupportedError
+from specdec.online_training.data import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,17 +32,21 @@ if TYPE_CHECKING:
 __all__ = ["new_head"]
 
 _SLOW = 3e-3  # radians a token: pairs that turn more slowly than this take part in the match
-_MATCH = 24.0  # score of a match, so that one key of a few hundred stands out
+_MATCH = 32.0  # score of a match, so that one key of a few hundred stands out
 _COPIED = 3.0  # RMS of what is copied, in the residual stream
+_STATE = 5.0  # factor of the state found there, in directions that are not said
 _CARRIED = 0.2  # RMS of the state there: what was said before should not be said again
 _RIDGE = 0.01  # of the mean square: keeps rare directions of an embedding quiet
-_SAID = 8.0  # logit of a token that is copied alone
+_SAID = 14.0  # logit of a token that is copied alone
+_WIDE = 128  # head_dim, where heads can be joined: a match in few dimensions is noisy
+_SAMPLE = 10_000  # tokens of the regression
 
 
 def new_head(
     target: PreTrainedModel,
     *,
     layers: Sequence[int],
+    examples: Sequence[Example] = (),
     target_ids: Tensor | None = None,
     norm_before_residual: bool = True,
     max_length: int = 2048,
@@ -46,7 +57,8 @@ def new_head(
     Args:
         target: any decoder; its widths, rotary base, embedding and ``lm_head`` are taken over.
         layers: whose states it reads, as indices into ``output_hidden_states``; the first should be a low one, which
-            still holds its own token.
+            still holds its own token and those before it.
+        examples: texts for the regression; without any, random tokens serve.
         target_ids: [D] int64, its vocabulary; None: the target's.
         norm_before_residual: the residual stream carries the normed state (speculators, vLLM). Without, the head starts
             out copying in its first step only: its own outputs are as loud as what it copies next.
@@ -61,6 +73,8 @@ def new_head(
     head_dim = int(getattr(text, "head_dim", None) or width // num_heads)
     if head_dim % 2:
         raise UnsupportedError(f"a head needs an even head_dim, the target's is {head_dim}")
+    while head_dim < _WIDE and num_heads % 2 == 0:
+        head_dim, num_heads = 2 * head_dim, num_heads // 2
     parameters = getattr(text, "rope_parameters", None) or {}
     theta = float(parameters.get("rope_theta") or getattr(text, "rope_theta", None) or 10_000.0)
     config = EagleConfig(
@@ -76,10 +90,18 @@ def new_head(
         max_length=max_length,
         norm_before_residual=norm_before_residual,
     )
-    return config, _weights(config, target, int(text.intermediate_size), target_ids, seed)
+    sample = _sample(target, layers[0], examples, seed)
+    return config, _weights(config, target, int(text.intermediate_size), target_ids, sample, seed)
 
 
-def _weights(config: EagleConfig, target: Any, inner: int, target_ids: Tensor | None, seed: int) -> dict[str, Tensor]:
+def _weights(
+    config: EagleConfig,
+    target: Any,
+    inner: int,
+    target_ids: Tensor | None,
+    sample: _Sample,
+    seed: int,
+) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     width, parts = config.hidden_size, len(config.hidden_layers)
     total = config.num_heads * config.head_dim
@@ -92,21 +114,22 @@ def _weights(config: EagleConfig, target: Any, inner: int, target_ids: Tensor | 
     if target_ids is not None:
         unembedding = unembedding[target_ids.cpu()]
     loudness = float(unembedding.norm(dim=1).median())
-    state = _typical_size(target, config.hidden_layers[0])
-    match = _match(config, generator)
-    noise, nothing = drawn(total, width, 0.02), torch.zeros(total, width)
-    copied = torch.linalg.qr(torch.randn(max(total, width), min(total, width), generator=generator))[0]
-    copied = copied if total >= width else copied.T  # [total, width], orthonormal in its shorter direction
     carried = _CARRIED if config.norm_before_residual else 1.0
-    through = torch.cat([torch.eye(width) / state, drawn(width, width * (parts - 1), 0.02)], dim=1)
+    through = torch.cat([torch.eye(width) / sample.size, drawn(width, width * (parts - 1), 0.02)], dim=1)
     through *= _CARRIED / carried
+    query, key = _match(config, sample, generator)
+    quiet = _quiet_directions(unembedding, max(0, min(total - width, width // 2)))
+    copied = _orthonormal(total, width + quiet.shape[1], generator)
+    read = torch.zeros(copied.shape[1], 2 * width)
+    read[:width, :width] = torch.eye(width)
+    read[width:, width:] = normalize(quiet, dim=0).T / carried
     layer = "layers.0."
     return {
         "fc.weight": through,
-        f"{layer}self_attn.q_proj.weight": torch.cat([match, noise], dim=1),
-        f"{layer}self_attn.k_proj.weight": torch.cat([noise, match / carried], dim=1),
-        f"{layer}self_attn.v_proj.weight": torch.cat([copied, nothing], dim=1),
-        f"{layer}self_attn.o_proj.weight": _COPIED * _said_from_read(target) @ copied.T,
+        f"{layer}self_attn.q_proj.weight": query * _gains(width, carried),
+        f"{layer}self_attn.k_proj.weight": torch.cat([drawn(total, width, 0.02), key / carried], dim=1),
+        f"{layer}self_attn.v_proj.weight": copied @ read,
+        f"{layer}self_attn.o_proj.weight": torch.cat([_COPIED * _said_from_read(target), _STATE * quiet], 1) @ copied.T,
         f"{layer}mlp.gate_proj.weight": drawn(inner, width),
         f"{layer}mlp.up_proj.weight": drawn(inner, width),
         f"{layer}mlp.down_proj.weight": drawn(width, inner, 0.1),
@@ -118,25 +141,98 @@ def _weights(config: EagleConfig, target: Any, inner: int, target_ids: Tensor | 
     }
 
 
+def _gains(width: int, carried: float) -> Tensor:
+    """[2 * H]: undoes the gain that the norm of the state has, and that of the embedding has not."""
+    return torch.cat([torch.ones(width), torch.full((width,), 1 / carried)])
+
+
+def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """[rows, columns], random, orthonormal in its shorter direction."""
+    found: Tensor = torch.linalg.qr(torch.randn(max(rows, columns), min(rows, columns), generator=generator))[0]
+    return found if rows >= columns else found.T
+
+
+def _quiet_directions(unembedding: Tensor, count: int) -> Tensor:
+    """[H, count]: the directions in which tokens differ least, as long as they are quieter than the mean one."""
+    energy, directions = torch.linalg.eigh(unembedding.T @ unembedding)
+    found: Tensor = directions[:, :count] * (1 - energy[:count] / energy.mean()).clamp_min(0.0)
+    return found
+
+
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
-def _match(config: EagleConfig, generator: torch.Generator) -> Tensor:
-    """[heads * D, H]: random orthonormal directions in the slowly rotating pairs, scaled for ``_MATCH``."""
+def _match(config: EagleConfig, sample: _Sample, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """[heads * D, 2 * H] and [heads * D, H]: queries and keys whose product says how alike two states are.
+
+    The query is made from what the state is expected to be. Every head compares in random directions of its own.
+    """
     half, width = config.head_dim // 2, config.hidden_size
     speeds = float(str(config.rope["rope_theta"])) ** (-torch.arange(half) / half)
     slow = (speeds < _SLOW).nonzero().flatten()
     slow = slow if len(slow) else torch.tensor([half - 1])
-    pairs = torch.cat([slow, slow + half])
-    pairs = pairs[:width]
-    match: Tensor = torch.zeros(config.num_heads, config.head_dim, width)
+    pairs = torch.cat([slow, slow + half])[:width]
+    read, made = sample.read, sample.states
+    ridge = _RIDGE * torch.eye(2 * width) * len(read)
+    expected = torch.linalg.solve(read.T @ read + ridge, read.T @ made).T  # [H, 2 * H]
+    metric = _metric(made)
+    size = (made @ metric).norm(dim=1).median().clamp_min(1e-6)
+    query = torch.zeros(config.num_heads, config.head_dim, 2 * width)
+    key = torch.zeros(config.num_heads, config.head_dim, width)
+    scale = (_MATCH * config.head_dim**0.5 * width / len(pairs)) ** 0.5 / size
     for head in range(config.num_heads):
-        basis = torch.linalg.qr(torch.randn(width, len(pairs), generator=generator))[0]
-        match[head, pairs] = basis.T
-    # Normed rows have length sqrt(H), of which these directions see len(pairs) / H.
-    scale = (_MATCH * config.head_dim**0.5 / len(pairs)) ** 0.5
-    scaled: Tensor = match.flatten(0, 1) * scale
-    return scaled
+        seen = scale * _orthonormal(len(pairs), width, generator) @ metric
+        query[head, pairs], key[head, pairs] = seen @ expected, seen
+    return query.flatten(0, 1), key.flatten(0, 1)
+
+
+def _metric(states: Tensor) -> Tensor:
+    """[H, H]: half-way to whitened, without what all states share."""
+    mean = states.mean(0)
+    spread, directions = torch.linalg.eigh((states - mean).T @ (states - mean) / len(states))
+    whitened = directions * (spread + spread.mean()).rsqrt() @ directions.T
+    shared = normalize(mean, dim=0)
+    found: Tensor = whitened - torch.outer(whitened @ shared, shared)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """What a head reads at some tokens, float32 on the CPU.
+
+    Args:
+        read: [N, 2 * H]: normed embeddings of tokens, and normed states of the tokens before them.
+        states: [N, H]: normed states of the tokens.
+        size: RMS of the states before the norm.
+    """
+
+    read: Tensor
+    states: Tensor
+    size: float
+
+
+@torch.no_grad()
+def _sample(target: Any, layer: int, examples: Sequence[Example], seed: int) -> _Sample:
+    texts = [torch.from_numpy(example.token_ids.astype(np.int64)) for example in examples]
+    if not texts:
+        vocab_size = int(target.config.get_text_config().vocab_size)
+        texts = list(torch.randint(vocab_size, (_SAMPLE // 256, 256), generator=torch.Generator().manual_seed(seed)))
+    ends = np.cumsum([len(text) for text in texts])
+    read, states, sizes = [], [], []
+    for text in texts[: max(1, int(np.searchsorted(ends, _SAMPLE)))]:
+        ids = text[None].to(target.device)
+        found = target(input_ids=ids, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
+        raw = found[layer][0].float().cpu()
+        embedded = _normed(target.get_input_embeddings()(ids)[0].float().cpu())
+        read.append(torch.cat([embedded[1:], _normed(raw[:-1])], dim=1))
+        states.append(_normed(raw[1:]))
+        sizes.append(raw.square().mean(1).sqrt())
+    return _Sample(torch.cat(read), torch.cat(states), float(torch.cat(sizes).median().clamp_min(1e-6)))
+
+
+def _normed(rows: Tensor) -> Tensor:
+    found: Tensor = rows * (rows.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    return found
 
 
 def _said_from_read(target: Any) -> Tensor:
@@ -158,9 +254,3 @@ def _said_from_read(target: Any) -> Tensor:
     return found
 
 
-@torch.no_grad()
-def _typical_size(target: Any, layer: int) -> float:
-    """RMS of the target's states on some tokens."""
-    ids = torch.arange(2, 66, device=target.device)[None] % int(target.config.get_text_config().vocab_size)
-    states = target(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[layer]
-    return float(states.float().square().mean(-1).sqrt().median().clamp_min(1e-6))

@@ -78,6 +78,10 @@ BeginAsOption = Annotated[
         "--begin-as", help="dflash, dspark: layers of the target to begin as, such as 1,5; random if omitted."
     ),
 ]
+CopyingOption = Annotated[
+    bool,
+    typer.Option("--copying", help="dflash, dspark: made to copy from the first step; needs --begin-as, such as 0,1."),
+]
 MaskTokenOption = Annotated[
     int | None,
     typer.Option("--mask-token", min=0, help="dflash, dspark: a token no text holds; the padding token if omitted."),
@@ -98,6 +102,10 @@ DecayOption = Annotated[
 ]
 ConfidenceOption = Annotated[
     float, typer.Option("--confidence", min=0.0, help="dspark: factor of the confidence head's loss; 0: no such head.")
+]
+ConfidenceOfOption = Annotated[
+    Literal["drawn", "likeliest"],
+    typer.Option("--confidence-of", help="dspark: the chance that a drawn or that the likeliest token is accepted."),
 ]
 EpochsOption = Annotated[float, typer.Option("--epochs", help="Passes over the data.")]
 BatchTokensOption = Annotated[int, typer.Option("--batch-tokens", help="Tokens of a micro-batch, with padding.")]
@@ -141,6 +149,7 @@ def train(
     num_layers: NumLayersOption = None,
     loss: LossOption = None,
     begin_as: BeginAsOption = None,
+    copying: CopyingOption = False,
     mask_token: MaskTokenOption = None,
     inner_size: InnerSizeOption = 0,
     markov: MarkovOption = "vanilla",
@@ -149,6 +158,7 @@ def train(
     slot_weights: SlotWeightsOption = "decay",
     decay: DecayOption = 4.0,
     confidence: ConfidenceOption = 1.0,
+    confidence_of: ConfidenceOfOption = "drawn",
     epochs: EpochsOption = 3.0,
     batch_tokens: BatchTokensOption = 4096,
     accumulate: AccumulateOption = 1,
@@ -190,8 +200,9 @@ def train(
         save_every=save_every, stop_after=stop_after, seed=seed,
     )  # fmt: skip
     blocks = BlockPlan(
-        begin_as=_layers(begin_as) or (), mask_token_id=mask_token, inner_size=inner_size, markov=markov,
-        rank=markov_rank, anchors=anchors, slot_weights=slot_weights, decay=decay, confidence=confidence,
+        begin_as=_layers(begin_as) or (), is_copying=copying, mask_token_id=mask_token, inner_size=inner_size,
+        markov=markov, rank=markov_rank, anchors=anchors, slot_weights=slot_weights, decay=decay, confidence=confidence,
+        confidence_of=confidence_of,
     )  # fmt: skip
     shape = DrafterPlan(
         kind=kind, layers=_layers(layers), layout=layout, draft_vocab=draft_vocab, depth=depth, num_layers=num_layers,

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -10,13 +10,17 @@ import torch
 from specdec import controller_adaptive, engine
 from specdec.bench import adaptive_speed
 from specdec.bench.arms import EngineArm, Job
+from specdec.bench.forcing import ForcedResponse
 from specdec.bench.paper_speed import PaperClock, PricedDrafter, paper_engine
 from specdec.bench.scripted import serve_scripted
 from specdec.cost_model import CostModel, line_of
 from specdec.device_work import DeviceClock
 from specdec.drafters.fusion import FusedDrafter
 from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.none import NoDrafter
+from specdec.protocols import Drafter
 from specdec.step_budget import StepBudget
+from specdec.types import DraftTree, Request, RequestState, SamplingParams
 
 
 @pytest.fixture
@@ -65,6 +69,45 @@ def test_the_same_run_takes_the_same_time_to_the_last_digit(clock: PaperClock, c
 def test_texts_that_copy_nothing_are_as_fast_as_without_drafts(clock: PaperClock, concurrency: int) -> None:
     plain = speed(clock, is_plain=True, copies=False, concurrency=concurrency)
     assert speed(clock, is_plain=False, copies=False, concurrency=concurrency) > 0.97 * plain
+
+
+class Liar(NgramDrafter):
+    """Sure of itself and always wrong: no answer has a token 0."""
+
+    def propose(self, states: Sequence[RequestState], budgets: Sequence[int]) -> list[DraftTree]:
+        trees = [DraftTree.chain(int(s.token_ids[-1]), [0] * min(8, b)) for s, b in zip(states, budgets, strict=True)]
+        for tree in trees:
+            tree.values = np.ones(len(tree), np.float32)
+        return trees
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_confident_drafter_that_is_always_wrong_costs_at_most_3_percent_after_50_steps(
+    clock: PaperClock, batch: int, is_known: bool
+) -> None:
+    def ms_of_steps(drafter: Drafter, budget: int | None) -> list[float]:
+        engine = paper_engine(
+            drafter, vocab_size=5000, clock=clock, is_known=is_known, budget=budget, max_batch_size=batch,
+            costs=CostModel({"target": line_of(10.0, 0.6, free=1)}),
+        )  # fmt: skip
+        rng = np.random.default_rng(0)
+        for number in range(batch):
+            prompt, answer = rng.integers(1, 5000, (2, 400)).astype(np.int32)
+            forced = ForcedResponse([answer], len(prompt))
+            engine.submit(Request(str(number), prompt, SamplingParams(max_new_tokens=400, logits_processors=(forced,))))
+        times = []
+        while engine.has_work:
+            begin = clock.now
+            engine.step()
+            times.append(1e3 * (clock.now - begin))
+        return times
+
+    liar = FusedDrafter([("liar", PricedDrafter(Liar(), (0.1, 0.3), clock))])
+    spent, plain = ms_of_steps(liar, None), ms_of_steps(NoDrafter(), 0)
+    assert sum(spent[:50]) > 1.01 * sum(plain[:50])  # it is tried
+    assert len(spent) == len(plain)  # and never right
+    assert sum(spent[50:]) <= 1.03 * sum(plain[50:])
 
 
 def test_a_first_draft_that_compiles_does_not_stop_drafting() -> None:

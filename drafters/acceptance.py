@@ -19,11 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
-from specdec.drafters.fusion_kernels import DEPTHS, NUM_BINS, learn_outcomes, merge_trees, price_nodes
+from specdec.drafters.fusion_kernels import DEPTHS, NUM_BINS, learn_outcomes, merge_and_price
 from specdec.errors import ConfigError
 from specdec.tree import DraftTree, FloatArray, IntArray
 
@@ -114,15 +115,17 @@ class AcceptanceModel:
             trees: one per source, in the order of the sources; all have the same root.
         """
         used = [s for s, tree in enumerate(trees) if len(tree) > 1] or [0]
-        ids = np.concatenate([trees[s].token_ids for s in used])
-        parents = np.concatenate([trees[s].parents for s in used])
-        values = np.concatenate([_values(trees[s]) for s in used])
-        offsets = np.zeros(len(used) + 1, dtype=np.int32)
-        np.cumsum([len(trees[s]) for s in used], out=offsets[1:])
-        arrays = merge_trees(ids, parents, values, np.array(used, dtype=np.uint8), offsets, len(ids))
-        _, parents, depths, masks, margins = arrays
         offset = self._offsets.get(request_id, 0.0)
-        return MergedTree(*arrays, *price_nodes(parents, depths, masks, margins, self.weights, offset))
+        if len(used) == 1:
+            tree = trees[used[0]]
+            ids, parents, values = tree.token_ids, tree.parents, _values(tree)
+        else:
+            ids = np.concatenate([trees[s].token_ids for s in used])
+            parents = np.concatenate([trees[s].parents for s in used])
+            values = np.concatenate([_values(trees[s]) for s in used])
+        ends = np.array([0, *accumulate(len(trees[s]) for s in used)], dtype=np.int32)
+        sources = np.array(used, dtype=np.uint8)
+        return MergedTree(*merge_and_price(ids, parents, values, sources, ends, self.weights, offset))
 
     def learn(self, request_id: str, merged: MergedTree, truth: IntArray, accepted: int | None = None) -> IntArray:
         """Learn what became of a tree; [8] int32: accepted tokens that only each source had.

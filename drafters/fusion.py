@@ -3,7 +3,7 @@
 Free sources (suffix, trie, recycling) draft first. A source that costs time is asked only for those requests where the
 tokens that it is expected to add are worth more than its time at the engine's present rate; one that does not pay is
 left out for twice as many steps each time, and then tried again. What a source adds is measured, not assumed: the
-accepted tokens that no other source had. Every source sees every outcome.
+accepted tokens that no other source had, less what its own nodes cost to verify. Every source sees every outcome.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class _Source:
         return self.ms_fixed + self.ms_each * num_requests
 
     def note_gain(self, level: int, gain: float) -> None:
-        """One request got ``gain`` accepted tokens that nobody else had."""
+        """One request got ``gain`` accepted tokens that nobody else had, less the price of verifying what was wrong."""
         self.num_gains[level] += 1
         self.gains[level] += max(_NEWEST_GAIN, 1 / self.num_gains[level]) * (gain - self.gains[level])
 
@@ -208,6 +208,7 @@ class FusedDrafter:
         return list(rows)
 
     def observe(self, events: Sequence[StepEvent]) -> None:
+        price = self.costs.tokens_per_node
         for event in events:
             pending = self._pending.pop(event.state.request_id, None)
             if pending is None:
@@ -217,8 +218,9 @@ class FusedDrafter:
                 truth = np.append(event.result.accepted_ids, np.int32(event.result.bonus_id)).astype(np.int32)
                 accepted = len(event.result.accepted_ids)
                 extra = self.acceptance.learn(event.state.request_id, pending.merged, truth, accepted)
+            alone = _verified_alone(event.tree)
             for number, level in pending.asked:
-                self._sources[number].note_gain(level, float(extra[number]))
+                self._sources[number].note_gain(level, float(extra[number]) - price * alone.count(1 << number))
         for source in self._sources:
             if source.is_asked:
                 begin = perf_counter()
@@ -247,6 +249,11 @@ class FusedDrafter:
         model.learn("", model.merge("", [chain]), np.array([1], np.int32))
         for source in self._sources:
             getattr(source.drafter, "warmup", lambda: None)()
+
+
+def _verified_alone(tree: DraftTree) -> list[int]:
+    """The sources of each draft token that was verified, as bits."""
+    return [] if tree.sources is None else tree.sources[1:].tolist()
 
 
 def _level(expected: float) -> int:

@@ -10,7 +10,7 @@ from numba import njit
 
 from specdec.tree import FloatArray, IntArray
 
-__all__ = ["DEPTHS", "NUM_BINS", "effective_values", "learn_outcomes", "merge_trees", "price_nodes"]
+__all__ = ["DEPTHS", "NUM_BINS", "effective_values", "learn_outcomes", "merge_and_price", "merge_trees", "price_nodes"]
 
 Bytes = npt.NDArray[np.uint8]
 DEPTHS = 6  # buckets: 1, 2, 3-4, 5-8, 9-16, deeper
@@ -123,6 +123,16 @@ def price_nodes(
         # Siblings exclude each other, so their chances must not add up to more than one.
         values[node] = values[parents[node]] * chances[node] / max(total[parents[node]], np.float32(1.0))
     return chances, values
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def merge_and_price(
+    token_ids: IntArray, parents: IntArray, values: FloatArray, sources: Bytes, offsets: IntArray, weights: FloatArray,
+    offset: float,
+) -> Any:  # fmt: skip
+    """``merge_trees`` and ``price_nodes`` in one call: what it returns, one after the other."""
+    merged = merge_trees(token_ids, parents, values, sources, offsets, len(token_ids))
+    return merged + price_nodes(merged[1], merged[2], merged[3], merged[4], weights, offset)
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

@@ -142,6 +142,8 @@ def _node_values(tree: DraftTree) -> np.ndarray:
     values = tree.values
     if len(tree) == 1:
         return np.ones(1, np.float32)
+    if values is not None and tree.sources is not None:
+        return values  # of a fused tree: products along its paths
     if values is None:
         values = (_NO_VALUE ** tree.depths()).astype(np.float32)
     return effective_values(tree.parents, values)  # type: ignore[no-any-return]

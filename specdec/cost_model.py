@@ -199,6 +199,7 @@ class CostModel:
         tables: by part: ``draft`` (tokens = draft tokens), ``target``, ``verify``, ``commit`` and ``host``.
         tokens_per_ms: what the engine emits at present, all requests together: who spends a millisecond has to bring
             so many tokens. 0: nobody knows yet. A controller keeps it.
+        tokens_per_node: likewise, what the verification of a draft token has to bring.
 
     Args:
         tables: measured ones; parts that are missing are learned from steps.
@@ -211,7 +212,7 @@ class CostModel:
         self.tables = {
             part: (tables or {}).get(part) or CostTable(slope=_PRIOR_SLOPES.get(part, _PRIOR_SLOPE)) for part in PARTS
         }
-        self.tokens_per_ms = 0.0
+        self.tokens_per_ms = self.tokens_per_node = 0.0
 
     def take(self, other: CostModel) -> None:
         """Go on with the tables of another model; who holds this one need not be told."""

@@ -33,6 +33,7 @@ _NEWEST = 0.03  # share of one step in the speed-up that the rate is made of,
 _FIRST_WEIGHT = 6.0  # once there were many; at first it is plain decoding's, as if seen in so many steps
 _DEARER, _CHEAPER = 0.05, 0.5  # and in what drafting costs: what disturbs or compiles only adds time
 _FIRST_DRAFTS = 6  # steps with drafts before the price of drafting may keep anybody from it
+_FEW = 4  # draft tokens of a request that the price of one is told by
 _NO_NODE = 1e9  # a threshold that no value reaches
 
 
@@ -76,6 +77,7 @@ class StepBudget:
         self.probes = PlainProbes()
         self.speedup = 1.0  # of the engine over plain decoding, in the recent past
         self._num_rated = _FIRST_WEIGHT
+        self._num_finished = 0
         self._draft_ms = np.inf  # for one request
         self._num_drafts = 0  # steps that drafted
         self._num_drafting = 0  # requests of this step
@@ -106,6 +108,8 @@ class StepBudget:
             self._curve = beside[0] + np.maximum(beside - beside[0], costs - costs[0])
         if not may_draft:
             return 0
+        few = min(_FEW * num_requests, len(costs) - 1)
+        self.costs.tokens_per_node = self.costs.tokens_per_ms * float(self._curve[few] - self._curve[0]) / max(few, 1)
         return min(most, choose_size(np.ones(len(costs) - 1, np.float32), self._curve, self.costs.tokens_per_ms))
 
     def _step_ms(self, num_draft_tokens: int) -> npt.NDArray[np.float64]:
@@ -162,8 +166,11 @@ class StepBudget:
         tokens, share = self._requests + self._prefill + drafted, 0.0
         if tokens == self._requests:
             share = self.probes.seen(self._requests, self._context)
-        for part, ms in parts_ms.items():
-            self.costs.tables[part].observe(tokens, self._context, self._requests, ms, share=share)
+        self._num_finished += 1
+        for number, (part, ms) in enumerate(parts_ms.items()):
+            # The small parts take turns: keeping books must not take longer than what it saves.
+            if part == "target" or self._num_finished % len(parts_ms) == number:
+                self.costs.tables[part].observe(tokens, self._context, self._requests, ms, share=share)
         if not is_known:
             return
         spent, tokens_each = sum(parts_ms.values()), emitted / self._requests

@@ -33,6 +33,8 @@ _NEWEST = 0.03  # share of one step in the speed-up that the rate is made of,
 _FIRST_WEIGHT = 6.0  # once there were many; at first it is plain decoding's, as if seen in so many steps
 _DEARER, _CHEAPER = 0.05, 0.5  # and in what drafting costs: what disturbs or compiles only adds time
 _FIRST_DRAFTS = 6  # steps with drafts before the price of drafting may keep anybody from it
+_FIRST_BOOKS = 64  # steps of which all times are kept
+_KEEP = 8  # steps that prices of one shape are used for: a table moves slowly, and reading it takes time
 _FEW = 4  # draft tokens of a request that the price of one is told by
 _NO_NODE = 1e9  # a threshold that no value reaches
 
@@ -84,7 +86,9 @@ class StepBudget:
         self._hysteresis = hysteresis
         self._threshold = 0.0  # nodes below it were cut off when it last changed
         self._requests, self._context, self._prefill = 0, 1.0, 0
+        self._shape, self._age, self._most = (0, 0, 0), 0, 0  # what the prices below are for, and of which age
         self._curve = np.empty(0)  # [n + 1] milliseconds of this step with 0 to n draft tokens, as long as was asked
+        self._plain_ms, self._node_ms = 0.0, 0.0
 
     def begin(self, num_requests: int, context: float, num_prefill: int, most: int) -> int:
         """A step begins; returns the most draft tokens of one request that could pay even if all were right.
@@ -96,21 +100,33 @@ class StepBudget:
             most: the largest answer wanted.
         """
         self._requests, self._context, self._prefill = num_requests, context, num_prefill
-        may_draft = self.floor.may_draft() and not (num_prefill == 0 and self.probes.is_due(num_requests, context))
-        sizes = np.arange(num_requests, num_requests * (1 + most * may_draft) + 1, dtype=np.float64)
-        self._curve = costs = self.costs.step_curve(sizes, context, num_requests)
-        # Prompt tokens take their time in any case: what a token is worth is told by steps that only decode.
-        self.costs.tokens_per_ms = self.speedup * num_requests / max(float(costs[0]), 1e-9)
-        self._num_drafting = 0
-        if num_prefill:
-            # Beside a prompt, sizes are the rarest and least known: a draft token is not believed to be cheaper there.
-            beside = self.costs.step_curve(sizes + num_prefill, context, num_requests)
-            self._curve = beside[0] + np.maximum(beside - beside[0], costs - costs[0])
-        if not may_draft:
+        shape = (num_requests, num_prefill, most)
+        self._age += 1
+        if shape != self._shape or self._age >= _KEEP:
+            self._shape, self._age = shape, 0
+            self._price(most)
+        costs, self._num_drafting = self.costs, 0
+        costs.tokens_per_ms = self.speedup * num_requests / max(self._plain_ms, 1e-9)
+        costs.tokens_per_node = costs.tokens_per_ms * self._node_ms
+        if not self.floor.may_draft() or (num_prefill == 0 and self.probes.is_due(num_requests, context)):
             return 0
-        few = min(_FEW * num_requests, len(costs) - 1)
-        self.costs.tokens_per_node = self.costs.tokens_per_ms * float(self._curve[few] - self._curve[0]) / max(few, 1)
-        return min(most, choose_size(np.ones(len(costs) - 1, np.float32), self._curve, self.costs.tokens_per_ms))
+        if self._age == 0:
+            sure = np.ones(len(self._curve) - 1, np.float32)
+            self._most = min(most, choose_size(sure, self._curve, costs.tokens_per_ms))
+        return self._most
+
+    def _price(self, most: int) -> None:
+        """Read the tables for steps of the present shape."""
+        sizes = np.arange(self._requests, self._requests * (1 + most) + 1, dtype=np.float64)
+        self._curve = alone = self.costs.step_curve(sizes, self._context, self._requests)
+        # Prompt tokens take their time in any case: what a token is worth is told by steps that only decode.
+        self._plain_ms = float(alone[0])
+        if self._prefill:
+            # Beside a prompt, sizes are the rarest and least known: a draft token is not believed to be cheaper there.
+            beside = self.costs.step_curve(sizes + self._prefill, self._context, self._requests)
+            self._curve = beside[0] + np.maximum(beside - beside[0], alone - alone[0])
+        few = min(_FEW, most) * self._requests
+        self._node_ms = float(self._curve[few] - self._curve[0]) / max(few, 1)
 
     def _step_ms(self, num_draft_tokens: int) -> npt.NDArray[np.float64]:
         """[n + 1] milliseconds of this step with 0 to n draft tokens."""
@@ -168,8 +184,9 @@ class StepBudget:
             share = self.probes.seen(self._requests, self._context)
         self._num_finished += 1
         for number, (part, ms) in enumerate(parts_ms.items()):
-            # The small parts take turns: keeping books must not take longer than what it saves.
-            if part == "target" or self._num_finished % len(parts_ms) == number:
+            # Parts take turns, the target gets every second one: books must not take longer than what they save.
+            is_turn = self._num_finished % 2 == 0 if part == "target" else self._num_finished % len(parts_ms) == number
+            if is_turn or share or self._num_finished <= _FIRST_BOOKS:
                 self.costs.tables[part].observe(tokens, self._context, self._requests, ms, share=share)
         if not is_known:
             return

@@ -114,7 +114,7 @@ def test_a_wrong_price_of_plain_steps_is_found_though_drafting_always_pays(wrong
         if size:
             budget.judge([str(i) for i in range(16)], [0.9] * 16, [size // 16] * 16)
         budget.finish(16 + int(0.9 * size), size, {"target": truth.step_ms(16 + size, 300.0, 16)})
-    assert num_plain < 12
+    assert num_plain < 25
     for tokens in (16, 32):
         assert costs.step_ms(tokens, 300.0, 16) == pytest.approx(truth.step_ms(tokens, 300.0, 16), rel=0.1)
 

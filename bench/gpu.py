@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -23,7 +24,8 @@ from transformers import PreTrainedModel
 
 from specdec.bench import gpu_kernels, gpu_target
 from specdec.bench.gpu_clock import Clock
-from specdec.bench.targets import random_target
+from specdec.bench.gpu_replay import replay
+from specdec.bench.targets import Target, random_target
 from specdec.build import build_engine
 from specdec.kernels.launch import interpreted_in_order
 from specdec.routes import Route, choose_route
@@ -67,6 +69,7 @@ class Scale:
         strict: (requests, tokens each, tokens of the shortest prompt).
         new_tokens: of the timed runs.
         repeats: of every timing.
+        replay: (calls of each source, tokens of a prompt, tokens of an answer), the last two at most.
     """
 
     shape: str | dict[str, Any]
@@ -85,11 +88,13 @@ class Scale:
     strict: tuple[int, int, int]
     new_tokens: int
     repeats: int
+    replay: tuple[int, int, int]
 
 
 FULL = Scale(
     "llama-3-8b", "qwen2.5-0.5b", torch.bfloat16, 2**32, (32, 8, 128), (1, 8), (4096, 32_768, 131_072), 64,
     (8, 151_936), 2048, 32, BUCKETS, (512, 2048, 8192, 32_768), (40, 250, 24), 32, 20,
+    (6, 2048, 128),
 )  # fmt: skip
 # Heads of 16: narrower ones end in the scalar tail of torch's vectors on a CPU, whose bits depend on the row.
 _TINY_SHAPE = {
@@ -98,15 +103,16 @@ _TINY_SHAPE = {
 }  # fmt: skip
 TINY = Scale(
     _TINY_SHAPE, _TINY_SHAPE, torch.float32, 2**12, (2, 1, 16), (1,), (20,), 2, (1, 50), 4, 2, (1, 3), (4,),
-    (1, 2, 3), 1, 1,
+    (1, 2, 3), 1, 1, (1, 12, 6),
 )  # fmt: skip
 
 
 class _Bench:
     """What the parts share."""
 
-    def __init__(self, scale: Scale, device: torch.device) -> None:
+    def __init__(self, scale: Scale, device: torch.device, traces: Sequence[Path] = ()) -> None:
         self.scale = scale
+        self.traces = traces
         self.clock = Clock(device, repeats=scale.repeats)
         self.device = device
         self.read_gb_per_s = self.clock.read_gb_per_s(scale.read_bytes)
@@ -121,9 +127,14 @@ class _Bench:
         return False
 
     @cached_property
-    def model(self) -> PreTrainedModel:
-        """The large one."""
+    def target(self) -> Target:
+        """The large model."""
         return self.make(self.scale.shape)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The large model itself."""
+        return self.target.model
 
     @cached_property
     def route(self) -> Route:
@@ -135,10 +146,10 @@ class _Bench:
         """Most tokens of a request of any part."""
         return max(self.scale.curve_contexts) + 4 * max(self.scale.sizes)
 
-    def make(self, shape: str | dict[str, Any]) -> PreTrainedModel:
+    def make(self, shape: str | dict[str, Any]) -> Target:
         """A model with random weights, made where it runs."""
         dtype = str(self.scale.dtype).removeprefix("torch.")
-        return random_target(shape, dtype=dtype, device=str(self.device)).model
+        return random_target(shape, dtype=dtype, device=str(self.device))
 
     def options(self, **more: Any) -> dict[str, Any]:
         """Of an engine."""
@@ -224,7 +235,7 @@ def _eager(bench: _Bench) -> dict[str, Any]:
 
 
 def _strict(bench: _Bench) -> dict[str, Any]:
-    model = bench.make(bench.scale.strict_shape)
+    model = bench.make(bench.scale.strict_shape).model
     num_requests, num_new, num_prompt = bench.scale.strict
     max_length = num_prompt + 8 + 5 * num_requests + num_new
     route = choose_route(model, max_length=max_length, self_test=False)
@@ -236,6 +247,11 @@ def _strict(bench: _Bench) -> dict[str, Any]:
         )  # fmt: skip
 
 
+def _replay(bench: _Bench) -> list[dict[str, Any]]:
+    calls, max_prompt, max_response = bench.scale.replay
+    return replay(bench.target, traces=bench.traces, calls=calls, max_prompt=max_prompt, max_response=max_response)
+
+
 PARTS: Mapping[str, Callable[[_Bench], Any]] = {
     "verify": _verify,
     "commit": _commit,
@@ -243,11 +259,13 @@ PARTS: Mapping[str, Callable[[_Bench], Any]] = {
     "prefill": _prefill,
     "steps": _steps,
     "steps_without_graphs": _eager,
+    "replay": _replay,
     "strict": _strict,
 }
 # What a part may take, estimated for an H100: making 8B random weights and capturing 14 graphs is most of the steps'.
 SECONDS: Mapping[str, float] = {
-    "verify": 30, "commit": 5, "attention": 95, "prefill": 5, "steps": 150, "steps_without_graphs": 25, "strict": 110,
+    "verify": 25, "commit": 5, "attention": 80, "prefill": 5, "steps": 125, "steps_without_graphs": 20, "replay": 40,
+    "strict": 100,
 }  # fmt: skip
 
 
@@ -256,6 +274,7 @@ def run_gpu_bench(
     device: torch.device,
     *,
     parts: Sequence[str] = tuple(PARTS),
+    traces: Sequence[Path] = (),
     seconds: float = 420.0,
     on_progress: Callable[[str], None] = lambda what: None,
     on_result: Callable[[dict[str, Any]], None] = lambda result: None,
@@ -266,6 +285,7 @@ def run_gpu_bench(
         scale: ``FULL`` or ``TINY``.
         device: a CUDA device, or for ``TINY`` the CPU.
         parts: of ``PARTS``.
+        traces: that are replayed; none: edits of this machine's standard library.
         seconds: for all parts.
         on_progress: told what begins.
         on_result: given what there is after every part.
@@ -275,7 +295,7 @@ def run_gpu_bench(
         ``write_json``.
     """
     begin = perf_counter()
-    bench = _Bench(scale, device)
+    bench = _Bench(scale, device, traces)
     results: dict[str, Any] = {"what": "bars of the GPU path", "read_gb_per_s": bench.read_gb_per_s}
     errors: dict[str, str] = {}
     took: dict[str, float] = {}

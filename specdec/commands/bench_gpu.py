@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from specdec.commands import printing
-from specdec.commands.options import DeviceOption
+from specdec.commands.options import DeviceOption, TracesOption
 from specdec.errors import ConfigError
 
 __all__ = ["gpu"]
@@ -22,6 +22,7 @@ def gpu(
     seconds: Annotated[
         float, typer.Option("--seconds", min=1, help="For all parts; what does not fit is left out.")
     ] = 420.0,
+    traces: TracesOption = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Toy sizes: does every part run? Its figures mean nothing.")] = (
         False
     ),
@@ -46,7 +47,7 @@ def gpu(
     with printing.progress() as bar:
         task = bar.add_task("starting", total=None)
         result = run_gpu_bench(
-            TINY if tiny else FULL, place, parts=chosen, seconds=seconds,
+            TINY if tiny else FULL, place, parts=chosen, seconds=seconds, traces=traces or (),
             on_progress=lambda what: bar.update(task, description=what),
             on_result=lambda found: write_json(out, found),
         )  # fmt: skip

@@ -23,7 +23,14 @@ from specdec.commands.bench_gpu import gpu
 from specdec.commands.bench_serve import serve
 from specdec.commands.bench_show import finish, numbers, show, slo_of
 from specdec.commands.loading import load_model
-from specdec.commands.options import BudgetOption, DeviceOption, DTypeOption, SeedOption, TemperatureOption
+from specdec.commands.options import (
+    BudgetOption,
+    DeviceOption,
+    DTypeOption,
+    SeedOption,
+    TemperatureOption,
+    TracesOption,
+)
 from specdec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,9 +67,6 @@ app = typer.Typer(
 app.command("retrieval")(bench)
 app.command()(serve)
 app.command()(gpu)
-TracesOption = Annotated[
-    list[Path] | None, typer.Option("--traces", help="A trace file or folder; may be repeated. None: built-in edits.")
-]
 
 
 @app.command()

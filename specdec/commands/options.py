@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +19,7 @@ __all__ = [
     "ModelOption",
     "SeedOption",
     "TemperatureOption",
+    "TracesOption",
     "VerifierOption",
 ]
 
@@ -47,3 +49,6 @@ DTypeOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+TracesOption = Annotated[
+    list[Path] | None, typer.Option("--traces", help="A trace file or folder; may be repeated. None: built-in edits.")
+]

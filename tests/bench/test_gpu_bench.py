@@ -12,7 +12,7 @@ from specdec.bench import gpu as gpu_bench
 from specdec.bench.gpu import PARTS, TINY, run_gpu_bench
 from specdec.cli import app
 
-_SLOW = ("attention", "prefill", "steps", "steps_without_graphs")  # to interpret
+_SLOW = ("attention", "prefill", "steps", "steps_without_graphs", "replay")  # to interpret
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,19 @@ def test_every_part_runs(part):
     result = run_gpu_bench(TINY, torch.device("cpu"), parts=[part])
     assert result["errors"] == {}
     assert set(result["seconds"]) == {part}
+
+
+@pytest.mark.slow
+def test_calls_of_a_trace_are_replayed_by_source(tmp_path):
+    trace = tmp_path / "mine.jsonl"
+    call = {"prompt": "def f(x):\n    return x\n", "response": "def f(x):\n    return x\n"}
+    trace.write_text(json.dumps(call) + "\n")
+    rows = run_gpu_bench(TINY, torch.device("cpu"), parts=["replay"], traces=[trace])["replay"]
+    assert {(row["source"], row["arm"]) for row in rows} == {
+        (source, arm) for source in ("mine", "all") for arm in ("plain", "suffix")
+    }
+    assert all(row["tokens_per_s"] > 0 for row in rows)
+    assert all(row["over_plain"]["plain"]["value"] > 0 for row in rows if row["arm"] == "suffix")
 
 
 @pytest.mark.slow

@@ -201,7 +201,7 @@ def _chain(links: Int32Array, heads: Int32Array, position: int, k: int, key: int
 def _chain_cached(x: Int64Array, row: Int64Array, new: Int32Array, start: int, stop: int, keys: Int32Array) -> bool:
     """Append ``new[start:stop]`` to the cached response and chain each token under the contexts that end at it.
 
-    ``keys`` are those of ``_stage``. False: the index is full, and the response stays cached as far as it got.
+    ``keys`` are those of ``_append_own``. False: the index is full, and the response stays cached as far as it got.
     """
     tokens = int32_at(x[X_TOKENS])
     links = int32_at(x[X_LINKS])
@@ -257,8 +257,8 @@ def begin_cached(x: Int64Array, row: Int64Array) -> None:
 
 
 @kernel
-def _stage(row: Int64Array, new: Int32Array, start: int, stop: int, keys: Int32Array) -> None:
-    """Append ``new[start:stop]`` to the request's text; write the bucket keys of all contexts that end in it.
+def _append_own(row: Int64Array, new: Int32Array, start: int, stop: int, keys: Int32Array) -> None:
+    """Append ``new[start:stop]`` to the request's text, chain it, and write the keys of all contexts that end in it.
 
     Args:
         row: the request.
@@ -268,6 +268,9 @@ def _stage(row: Int64Array, new: Int32Array, start: int, stop: int, keys: Int32A
         keys: [stop - start, NUM_ORDERS] out; -1 where there is not enough context.
     """
     tokens = int32_at(row[R_TOKENS])
+    links = int32_at(row[R_LINKS])
+    heads = int32_at(row[R_HEADS])
+    mask = row[R_BUCKET_MASK]
     length = row[R_LENGTH]
     h1 = np.uint64(row[R_HASH])  # as far as there is context
     h2 = np.uint64(row[R_HASH + 1])
@@ -286,11 +289,19 @@ def _stage(row: Int64Array, new: Int32Array, start: int, stop: int, keys: Int32A
             h2 -= np.uint64(tokens[p - ORDER_2]) * _SCALE * _BASE_2
         if p > ORDER_3:
             h3 -= np.uint64(tokens[p - ORDER_3]) * _SCALE * _BASE_3
+        key0 = bucket_key(h0)
+        key1 = bucket_key(h1) if p >= ORDER_1 else -1
+        key2 = bucket_key(h2) if p >= ORDER_2 else -1
+        key3 = bucket_key(h3) if p >= ORDER_3 else -1
+        _chain(links, heads, p, 0, key0, mask + 1, mask)
+        _chain(links, heads, p, 1, key1, mask + 1, mask)
+        _chain(links, heads, p, 2, key2, mask + 1, mask)
+        _chain(links, heads, p, 3, key3, mask + 1, mask)
         base = i * NUM_ORDERS
-        keys[base] = bucket_key(h0)
-        keys[base + 1] = bucket_key(h1) if p >= ORDER_1 else -1
-        keys[base + 2] = bucket_key(h2) if p >= ORDER_2 else -1
-        keys[base + 3] = bucket_key(h3) if p >= ORDER_3 else -1
+        keys[base] = key0
+        keys[base + 1] = key1
+        keys[base + 2] = key2
+        keys[base + 3] = key3
     row[R_HASH] = np.int64(h1)
     row[R_HASH + 1] = np.int64(h2)
     row[R_HASH + 2] = np.int64(h3)
@@ -298,25 +309,13 @@ def _stage(row: Int64Array, new: Int32Array, start: int, stop: int, keys: Int32A
 
 @kernel
 def _prefetch_heads(x: Int64Array, num_tokens: int, keys: Int32Array) -> None:
-    """Ask for the heads of staged tokens: in a large index each lies in a cache line of its own, far away."""
+    """Ask for the heads that ``keys`` lead to: in a large index each lies in a cache line of its own, far away."""
     heads = x[X_HEADS]
     num_buckets = x[X_NUM_BUCKETS]
     mask = x[X_BUCKET_MASK]
     for i in range(num_tokens * NUM_ORDERS):
         if keys[i] >= 0:
             prefetch(heads + 4 * NUM_ORDERS * bucket_of(keys[i], num_buckets, mask))
-
-
-@kernel
-def _chain_own(row: Int64Array, num_tokens: int, keys: Int32Array) -> None:
-    """Chain the last ``num_tokens`` tokens of the request's own text, which are not counted in its length yet."""
-    links = int32_at(row[R_LINKS])
-    heads = int32_at(row[R_HEADS])
-    mask = row[R_BUCKET_MASK]
-    length = row[R_LENGTH]
-    for i in range(num_tokens):
-        for k in range(NUM_ORDERS):
-            _chain(links, heads, length + i, k, keys[i * NUM_ORDERS + k], mask + 1, mask)
 
 
 @kernel
@@ -332,10 +331,9 @@ def append_tokens(row: Int64Array, new: Int32Array, start: int, stop: int, cachi
         int32_at(x[X_LAST_USED])[row[R_SEQUENCE]] = x[X_TICK]
     for first in range(start, stop, BLOCK):
         last = min(first + BLOCK, stop)
-        _stage(row, new, first, last, keys)
+        _append_own(row, new, first, last, keys)
         if caching:
             _prefetch_heads(x, last - first, keys)
-        _chain_own(row, last - first, keys)
         if caching and not _chain_cached(x, row, new, first, last, keys):
             caching = False
             row[R_SEQUENCE] = -row[R_SEQUENCE]

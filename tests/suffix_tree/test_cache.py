@@ -372,6 +372,19 @@ def test_long_lists_are_converted_like_short_ones():
     assert as_tokens(list(range(50_000))).tolist() == list(range(50_000))
 
 
+def test_chains_do_not_depend_on_how_many_tokens_come_at_a_time():
+    tokens = np.random.default_rng(0).integers(0, 30, 700).astype(np.int32)
+    found = []
+    for step in (1, 63, 64, 65, 700):
+        cache = SuffixCache(max_bytes=1 << 20)
+        cache.start("r", tokens[:5])
+        for start in range(5, 700, step):
+            cache.extend(["r"], [tokens[start : start + step]])
+        arrays = dict(cache.index("").arrays())
+        found.append([arrays[name].tolist() for name in ("tokens", "links", "heads")])
+    assert all(arrays == found[0] for arrays in found[1:])
+
+
 @pytest.mark.skipif(os.environ.get("NUMBA_DISABLE_JIT") == "1", reason="this is the run without compilation")
 def test_the_same_tests_pass_without_compilation():
     chosen = "not million and not threads and not approach and not without"

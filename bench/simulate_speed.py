@@ -19,7 +19,7 @@ from specdec.bench.peers import arctic_cache
 from specdec.bench.traces import IntArray, TokenCall
 from specdec.suffix_tree.cache import SuffixCache
 
-__all__ = ["THRESHOLD", "host_time", "long_prompt"]
+__all__ = ["THRESHOLD", "host_time", "long_prompt", "measure_stall"]
 
 THRESHOLD = 0.1  # the least probability that the peer drafts at by default; drafts about as many tokens
 
@@ -211,13 +211,14 @@ def host_time(calls: Sequence[TokenCall], widths: Sequence[int], *, passes: int,
     return result
 
 
-def _stall(work: Callable[[], None]) -> tuple[float, float]:
+def measure_stall(work: Callable[[], None]) -> tuple[float, float]:
     """Run ``work`` in this thread; its milliseconds and the longest pause of another thread meanwhile."""
     longest, running = [0.0], [True]
 
     def watch() -> None:
-        last = time.perf_counter()
-        while running[0]:
+        last, going = time.perf_counter(), True
+        while going:  # once more after the work: a thread that never ran meanwhile paused all the time
+            going = running[0]
             now = time.perf_counter()
             longest[0] = max(longest[0], now - last)
             last = now
@@ -246,7 +247,7 @@ def long_prompt(text: IntArray, *, passes: int, with_peer: bool) -> dict[str, An
             peer = arctic_cache()
             arms["arctic"] = (lambda c=peer: c.start_request(1, text), lambda c=peer: c.stop_request(1))  # type: ignore[misc]
         for name, (start, stop) in arms.items():
-            values = [*_stall(start), *_stall(stop)]
+            values = [*measure_stall(start), *measure_stall(stop)]
             old = result.get(name)
             best = values if old is None else [min(a, b) for a, b in zip(values, old.values(), strict=True)]
             result[name] = dict(zip(("start_ms", "start_stall_ms", "stop_ms", "stop_stall_ms"), best, strict=True))

@@ -10,7 +10,7 @@ from specdec.bench.peers import arctic_cache, replay_arctic
 from specdec.bench.prior import COUNT_LIMIT, take_tokens, train_prior
 from specdec.bench.simulate import SETTINGS, compare, run_ours, run_reference, run_sources
 from specdec.bench.simulate_scaling import cache_scaling
-from specdec.bench.simulate_speed import host_time, long_prompt
+from specdec.bench.simulate_speed import host_time, long_prompt, measure_stall
 from specdec.bench.traces import TokenCall
 from specdec.cli import app
 from specdec.errors import ConfigError
@@ -84,6 +84,12 @@ def test_the_reference_agrees_with_the_released_implementation():
         theirs += replay_arctic(cache, n, call, {"max_spec_factor": 1.0})
         ours += reference.replay(call.prompt_ids, call.response_ids, CountingDrafts())
     assert np.abs(theirs - ours).max() <= 0.03 * theirs.max()  # ties between equal counts are broken differently
+
+
+def test_a_call_that_keeps_all_threads_waiting_is_a_stall():
+    numbers = np.random.default_rng(0).random(300_000).tolist()
+    spent, longest = measure_stall(numbers.sort)  # one call that never lets another thread run
+    assert longest > spent / 2
 
 
 def test_timings_have_every_field():

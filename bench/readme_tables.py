@@ -139,6 +139,10 @@ def _retrieval(root: Path) -> str:
     rows.append(
         _cost(f"longest stall by a prompt of {prompt['tokens']} tokens, ms", longest["arctic"], longest["ours"])
     )
+    last = {arm: scaling[arm][-1] for arm in ("arctic", "ours")}
+    key = "insert_us_per_token"
+    label = f"a token of a response, with {last['ours']['cached_tokens'] / 1e6:.2g} M tokens cached, us"
+    rows.append(_cost(label, last["arctic"][key], last["ours"][key]))
     for label, key in (("memory of a cached token, bytes", "bytes_per_token"),
                        ("eviction of a response, us", "evict_ms_per_response")):  # fmt: skip
         scale = 1e3 if key.startswith("evict") else 1.0

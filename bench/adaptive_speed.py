@@ -350,7 +350,7 @@ def main() -> None:
         )
         result["controls"] = []
         for number in map(int, options.concurrency.split(",")):
-            mine = items[: max(5 * number, 15) + _PAPER_CALLS]
+            mine = items[: max(6 * number, 51) + _PAPER_CALLS]
             result["controls"].append(
                 measure_group(model, mine, options.stores / "controls", ["plain", "fused"], number, options.seconds)
             )

@@ -14,7 +14,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from specdec.bench.adaptive_tables import adaptive_speed_table, load_simulation_table
+from specdec.bench.adaptive_tables import (
+    adaptive_speed_table,
+    load_floor_table,
+    load_simulation_table,
+    load_validation_table,
+    overlap_speed_table,
+    reliability_table,
+)
 from specdec.bench.drafter_tables import (
     calibration_table,
     diffusion_lengths_table,
@@ -341,7 +348,11 @@ _TABLES: Mapping[str, Callable[[Path], str]] = {
     "adaptive_agents": _of_drafters("adaptive_agents", adaptive_speed_table),
     "adaptive_controls": _of_drafters("adaptive_controls", adaptive_speed_table),
     "adaptive_paper": _of_drafters("adaptive_paper", adaptive_speed_table),
+    "adaptive_reliability": _of_drafters("adaptive_agents", reliability_table),
     "load_simulation": _of_drafters("load_simulation", load_simulation_table),
+    "load_floor": _of_drafters("load_floor", load_floor_table),
+    "load_validation": _of_drafters("load_validation", load_validation_table),
+    "overlap_speed": _of_drafters("overlap_speed", overlap_speed_table),
     "day_zero": _day_zero,
     "shift": _shift,
     "rejected_tokens": _rejected_tokens,

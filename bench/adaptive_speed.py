@@ -3,7 +3,7 @@
     python -m specdec.bench.adaptive_speed --tokenizer DIR --agents FILE ... --controls FILE ... --json OUT
 
 Recorded answers are forced onto a model with random weights, so all arms write the same text and only time differs.
-Arms take turns, call by call or batch by batch, in one process. Stores know the half of the episodes that is not
+Arms take turns step by step, in one process. Stores know the half of the episodes that is not
 measured, and every arm has served some calls of the other half. The fixed lengths that are timed are those that are
 best on the simulated clock (``specdec.bench.paper_speed``), which tries more of them. Decoding speed leaves the
 prompt's time out: where requests run alone, from the first token to the last; with several at a time, the steps in
@@ -31,13 +31,14 @@ import numpy as np
 import torch
 import transformers
 
-from specdec.bench.arms import EngineArm, Job, JobResult, warm_up
+from specdec.bench.arms import EngineArm, Job, warm_up
 from specdec.bench.arrivals import read_arrivals
 from specdec.bench.load_policies import LoadLimits, Policy, Served
 from specdec.bench.load_record import record_acceptance
 from specdec.bench.load_validation import fit_arrivals, prediction_errors, serve_load
 from specdec.bench.measure import write_json
 from specdec.bench.scripted import serve_scripted
+from specdec.bench.turns import TurnClock, decode_seconds, run_in_turns
 from specdec.bench.workload import Limits, WorkItem, Workload
 from specdec.build import build_engine, model_max_length
 from specdec.controller_adaptive import AdaptiveController
@@ -81,15 +82,17 @@ def use_clock(clock: Callable[[], float]) -> None:
     (AdaptiveController.__init__.__kwdefaults__ or {})["clock"] = clock
 
 
-def use_cpu_clock() -> None:
-    """Let everything read the CPU time of this thread.
+def use_cpu_clock() -> TurnClock:
+    """Let everything read the CPU time of this thread, that of one arm at a time.
 
     Raises:
         ConfigError: torch runs several threads, whose work this clock does not see.
     """
     if torch.get_num_threads() > 1:
         raise ConfigError("CPU time of one thread is measured: set OMP_NUM_THREADS=1")
-    use_clock(thread_time)
+    clock = TurnClock(thread_time)
+    use_clock(clock)
+    return clock
 
 
 def small_model(vocab_size: int) -> Any:
@@ -148,44 +151,21 @@ def build_arms(names: Sequence[str], model: Any, stores: Path, concurrency: int)
     return arms
 
 
-def decode_seconds(results: Sequence[JobResult], concurrency: int) -> tuple[int, float]:
-    """Tokens and seconds of decoding; of many requests at a time, those of the steps in which all of them decode.
-
-    Prompts and the end, when fewer and fewer go on, are left out: how many such steps there are depends on how the
-    lengths of the calls fall, and they say nothing about speculation.
-    """
-    if concurrency == 1:
-        return sum(sum(one.emitted[1:]) for one in results), sum(one.stamps[-1] - one.stamps[0] for one in results)
-    emitted: dict[float, list[int]] = {}
-    has_prompt = set[float]()
-    for one in results:
-        stamps = [round((one.start_s or 0.0) + stamp, 7) for stamp in one.stamps]
-        has_prompt.add(stamps[0])
-        for stamp, count in zip(stamps, one.emitted, strict=True):
-            emitted.setdefault(stamp, []).append(count)
-    ends = sorted(emitted)
-    whole = [
-        (sum(emitted[end]), end - begin)
-        for begin, end in zip(ends, ends[1:], strict=False)
-        if len(emitted[end]) == concurrency and end not in has_prompt
-    ]
-    return sum(tokens for tokens, _ in whole), sum(seconds for _, seconds in whole)
-
-
 def run_arms(
-    arms: Sequence[EngineArm], warm: Sequence[Job], batches: Sequence[Sequence[Job]], concurrency: int, limit_s: float
-) -> dict[str, Any]:
-    """Every arm answers every batch, in turn, until the time is up: tokens and seconds; ``warm`` is not timed."""
+    arms: Sequence[EngineArm], warm: Sequence[Job], batches: Sequence[Sequence[Job]], concurrency: int,
+    limit_s: float, clock: TurnClock,
+) -> dict[str, Any]:  # fmt: skip
+    """Every arm answers every batch, in turn, until the time is up; ``warm`` is not timed."""
     spent: dict[str, list[tuple[int, float]]] = {arm.name: [] for arm in arms}
     steps: dict[str, list[int]] = {arm.name: [0, 0, 0] for arm in arms}
-    for arm in arms:  # compile, allocate, and see what the sources are worth
-        arm.run(warm)
+    run_in_turns(arms, warm, clock)  # compile, allocate, and see what the sources are worth
     begin = thread_time()
     for number, batch in enumerate(batches):
         if number and thread_time() - begin > limit_s * number / (number + 1):
             break  # another turn would not fit
-        for arm in [*arms[number % len(arms) :], *arms[: number % len(arms)]]:
-            results = arm.run(batch)
+        found = run_in_turns(arms, batch, clock)
+        for arm in arms:
+            results = found[arm.name]
             spent[arm.name].append(decode_seconds(results, concurrency))
             for one in results:
                 counts = (len(one.emitted), sum(one.accepted), sum(one.drafted))
@@ -240,8 +220,9 @@ def fused_details(arm: EngineArm) -> dict[str, Any]:
 
 
 def measure_group(
-    model: Any, items: Sequence[WorkItem], stores: Path, names: Sequence[str], concurrency: int, limit_s: float
-) -> dict[str, Any]:
+    model: Any, items: Sequence[WorkItem], stores: Path, names: Sequence[str], concurrency: int, limit_s: float,
+    clock: TurnClock,
+) -> dict[str, Any]:  # fmt: skip
     """One group of sources at one number of requests at a time."""
     arms = build_arms(names, model, stores, concurrency)
     served = [(item.prompt_ids, item.response_ids) for item in items[-_PAPER_CALLS:]]
@@ -252,7 +233,7 @@ def measure_group(
     try:
         for arm in arms:
             serve_scripted(arm.engine.drafter, served, model.config.vocab_size, arm.budget or _PAPER_BUDGET)
-        found = run_arms(arms, jobs_of(items[-num_warm:]), batches, concurrency, limit_s)
+        found = run_arms(arms, jobs_of(items[-num_warm:]), batches, concurrency, limit_s, clock)
         details = fused_details(next((arm for arm in arms if arm.name == "fused"), arms[0]))
     finally:
         for arm in arms:
@@ -323,7 +304,7 @@ def main() -> None:
                                   per_episode=0)  # fmt: skip
                 train_stores(kept, options.stores / group)
         return
-    use_cpu_clock()
+    clock = use_cpu_clock()
     model = small_model(len(words) + (-len(words)) % 128)
     result: dict[str, Any] = {"model": {"parameters": sum(p.numel() for p in model.parameters()), "dtype": "float32"}}
     if options.agents and options.agent_concurrency:
@@ -335,7 +316,7 @@ def main() -> None:
             names = ["plain", "fused", *(options.alone if number == 1 else options.together).split(",")]
             mine = items if number == 1 else [_shortened(item) for item in items]
             result["agents"].append(
-                measure_group(model, mine, options.stores / "agents", names, number, options.seconds)
+                measure_group(model, mine, options.stores / "agents", names, number, options.seconds, clock)
             )
             keep(result, options.json)
     if options.arrivals:
@@ -345,14 +326,14 @@ def main() -> None:
         if options.json:
             write_json(options.json, result)
     if options.controls:
-        items = take_calls(
-            options.controls, words, calls=options.control_calls, prompt=128, response=options.response, half=1
-        )
-        result["controls"] = []
+        size = {"calls": options.control_calls, "response": options.response, "prompt": 128}
+        items, result["controls"] = take_calls(options.controls, words, half=1, **size), []
         for number in map(int, options.concurrency.split(",")):
             mine = items[: max(6 * number, 51) + _PAPER_CALLS]
             result["controls"].append(
-                measure_group(model, mine, options.stores / "controls", ["plain", "fused"], number, options.seconds)
+                measure_group(
+                    model, mine, options.stores / "controls", ["plain", "fused"], number, options.seconds, clock
+                )
             )
             keep(result, options.json)
 

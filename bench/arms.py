@@ -7,7 +7,7 @@ recorded answer other than through the processor that all arms share.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -189,9 +189,15 @@ class EngineArm:
         self._engine.close()
 
     def run(self, jobs: Sequence[Job]) -> list[JobResult]:
+        done: dict[int, JobResult] = {}
+        for _ in self.run_steps(jobs, done):
+            pass
+        return [done[index] for index in range(len(jobs))]
+
+    def run_steps(self, jobs: Sequence[Job], done: dict[int, JobResult]) -> Iterator[None]:
+        """Answer the calls and halt after every step; ``done`` gets the results by place."""
         self._recorder.steps.clear()
         waiting, live = deque(enumerate(jobs)), dict[str, _Live]()
-        done: dict[int, JobResult] = {}
         begin = perf_counter()
         try:
             while waiting or live:
@@ -207,10 +213,10 @@ class EngineArm:
                     one.output_ids.extend(output.new_ids)
                     if output.finish_reason is not None:
                         done[one.index] = self._result(live.pop(output.request_id), output.request_id, begin)
+                yield
         finally:
             for request_id in live:
                 self._engine.cancel(request_id)
-        return [done[index] for index in range(len(jobs))]
 
     @property
     def engine(self) -> Engine:

@@ -13,6 +13,7 @@ from specdec.bench.arms import EngineArm, Job
 from specdec.bench.forcing import ForcedResponse
 from specdec.bench.paper_speed import PaperClock, PricedDrafter, paper_engine
 from specdec.bench.scripted import serve_scripted
+from specdec.bench.turns import TurnClock, run_in_turns
 from specdec.cost_model import CostModel, line_of
 from specdec.device_work import DeviceClock
 from specdec.drafters.fusion import FusedDrafter
@@ -134,3 +135,30 @@ def test_a_drafter_learns_from_calls_that_are_served_without_a_model() -> None:
     serve_scripted(drafter, [(text[:12], text[12:])] * 2, 100, 4)
     assert sum(point.count for point in drafter.reliability()) > 5
     assert drafter.costs_and_gains()["ngram"]["gain"] > 1.0
+
+
+def test_arms_that_take_turns_have_clocks_of_their_own() -> None:
+    wall = PaperClock()
+    own = TurnClock(wall)
+    for _ in range(3):
+        own.turn("a")
+        wall.spend(2.0)
+        own.turn("b")
+        wall.spend(5.0)
+    assert own() == pytest.approx(0.015)
+    own.turn("a")
+    assert own() == pytest.approx(0.006)
+
+
+def test_arms_in_turns_answer_as_arms_alone(clock: PaperClock) -> None:
+    rng = np.random.default_rng(0)
+    jobs = [Job(row[:30], 20, row[30:]) for row in rng.integers(0, 5000, (3, 50)).astype(np.int32)]
+    make = partial(paper_engine, vocab_size=5000, costs=CostModel({"target": line_of(10.0, 0.6)}), clock=clock)
+    arms = [EngineArm(name, make, NgramDrafter, budget=budget) for name, budget in (("plain", 0), ("drafts", 4))]
+    own = TurnClock(clock)
+    adaptive_speed.use_clock(own)
+    found = run_in_turns(arms, jobs, own)
+    for arm in arms:
+        assert [one.output_ids for one in found[arm.name]] == [one.output_ids for one in arm.run(jobs)]
+    tokens, seconds = adaptive_speed.decode_seconds(found["plain"], 1)
+    assert seconds / tokens == pytest.approx(0.0106, rel=1e-3)

@@ -200,7 +200,8 @@ def _blocks(plan: DrafterPlan, target: PreTrainedModel, examples: Sequence[Examp
         shape = BlockShape(
             guesses_next=is_dspark, num_guesses=plan.depth or (7 if is_dspark else 15),
             hidden_layers=plan.layers or published_layers(int(text.num_hidden_layers)),
-            num_layers=plan.num_layers or 5, begin_as=own.begin_as, is_copying=own.is_copying, mask_token_id=own.mask_token_id,
+            num_layers=plan.num_layers or 5, begin_as=own.begin_as, is_copying=own.is_copying,
+            mask_token_id=own.mask_token_id,
             inner_size=own.inner_size, markov=own.markov if is_dspark else "none",
             rank=own.rank if is_dspark and own.markov != "none" else 0,
             has_confidence=is_dspark and own.confidence > 0, max_length=plan.max_length, seed=plan.seed,

@@ -252,5 +252,3 @@ def _said_from_read(target: Any) -> Tensor:
     size = (read @ solved.T).norm(dim=1).median().clamp_min(1e-6)
     found: Tensor = solved / size
     return found
-
-

@@ -3,7 +3,7 @@
     python -m specdec.bench.model_drafters --json bench/results/model_drafters.json
 
 The draft models are the model itself (the most that a draft model can be accepted, at the price of the target), the
-same in groups of layers, its first three layers (early exit, not trained for it), and the trained head and draft model
+same in groups of layers, its first three layers (early exit, not trained for it), and the trained heads and draft model
 under ``bench/tiny_drafters`` where these are there. N-gram lookup stands beside them. The bundled model has no
 multi-token-prediction layers.
 """
@@ -62,10 +62,12 @@ def _arms() -> dict[str, dict[str, Any]]:
     if (_TRAINED / "eagle3").is_dir():
         head = f"eagle:{_TRAINED / 'eagle3'}"
         trained |= {
-            "EAGLE-3, chain of 4": {"drafter": f"{head}?probe=0&top_k=1&depth=4", "budget": 4},
-            "EAGLE-3, tree of 12": {"drafter": f"{head}?probe=0&top_k=4&depth=5", "budget": 12},
-            "EAGLE-3, tree of 59": {"drafter": f"{head}?probe=0&top_k=10&depth=7", "budget": 59},
+            "EAGLE-3, chain of 4": {"drafter": f"{head}?probe=0&min_gain=0&top_k=1&depth=4", "budget": 4},
+            "EAGLE-3, tree of 12": {"drafter": f"{head}?probe=0&min_gain=0&top_k=4&depth=5", "budget": 12},
+            "EAGLE-3, tree of 59": {"drafter": f"{head}?probe=0&min_gain=0&top_k=10&depth=7", "budget": 59},
         }
+    if (_TRAINED / "dspark").is_dir():
+        trained["DSpark, chain of 4"] = {"drafter": f"diffusion:{_TRAINED / 'dspark'}?probe=0&length=4", "budget": 4}
     if (_TRAINED / "lm").is_dir():
         trained["draft model, chain of 4"] = {"drafter": f"lm:{_TRAINED / 'lm'}?{_CHAIN}", "budget": 4}
     return {

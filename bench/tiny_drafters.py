@@ -66,11 +66,17 @@ def _arms(folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> drafter and budget: what is bundled, and n-gram lookup beside it."""
     arms: dict[str, dict[str, Any]] = {"ngram, chain of 5": {"drafter": "ngram", "budget": 5}}
     if (folder / "eagle3").is_dir():
-        head = f"eagle:{folder / 'eagle3'}"
+        head = f"eagle:{folder / 'eagle3'}?min_gain=0"  # lengths: nothing that measured times decide
         arms |= {
-            "eagle3, chain of 5": {"drafter": f"{head}?top_k=1&depth=5", "budget": 5},
-            "eagle3, tree of 16": {"drafter": f"{head}?top_k=4&depth=6", "budget": 16},
-            "eagle3, tree of 59": {"drafter": f"{head}?top_k=10&depth=8", "budget": 59},
+            "eagle3, chain of 5": {"drafter": f"{head}&top_k=1&depth=5", "budget": 5},
+            "eagle3, tree of 16": {"drafter": f"{head}&top_k=4&depth=6", "budget": 16},
+            "eagle3, tree of 59": {"drafter": f"{head}&top_k=10&depth=8", "budget": 59},
+        }
+    if (folder / "dspark").is_dir():
+        block = f"diffusion:{folder / 'dspark'}"
+        arms |= {
+            "dspark, chain of 5": {"drafter": block, "budget": 5},
+            "dspark, tree of 16": {"drafter": f"{block}?top_k=4", "budget": 16},
         }
     if (folder / "lm").is_dir():
         small = f"lm:{folder / 'lm'}?min_gain=0"
@@ -84,7 +90,7 @@ def _arms(folder: Path) -> dict[str, dict[str, Any]]:
 @app.command()
 def measure(
     json_file: Annotated[Path, typer.Option("--json", help="Where the figures go.")],
-    folder: Annotated[Path, typer.Option(help="The drafters: eagle3, lm.")] = _DRAFTERS,
+    folder: Annotated[Path, typer.Option(help="The drafters: eagle3, dspark, lm.")] = _DRAFTERS,
     count: Annotated[int, typer.Option("--prompts", help="Held-out texts of each kind.", min=1)] = 8,
     new_tokens: Annotated[int, typer.Option(help="Decoded after each.", min=8)] = 96,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,

@@ -21,6 +21,8 @@ from specdec.drafters.eagle_probe import Lesson
 from specdec.errors import ConfigError
 from tests.drafters.eagle_checkpoints import VOCAB_SIZE, eagle_target, write
 from tests.drafters.eagle_training import edit_config, edit_weights, train
+from tests.drafters.mtp_checkpoints import load_target
+from tests.drafters.mtp_checkpoints import write as write_mtp
 from tests.tiny_models import byte_tokenizer, tiny_llama
 
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}<|assistant|>"
@@ -76,6 +78,17 @@ def test_a_good_head_has_no_cause(target: Any, good: Path):
     assert [(entry.text, entry.share > 0.8) for entry in report.agreement] == [("plain", True)]
     assert [entry.text for entry in report.acceptance] == ["plain"]
     assert all(entry.length >= 1 and entry.num_drafted for entry in report.acceptance)
+
+
+def test_a_targets_own_layers_are_examined_without_a_path(tmp_path: Path):
+    """MTP layers: measured on the target's text; there is no other checkpoint whose reading could be wrong."""
+    own = load_target(write_mtp("glm-4.5", tmp_path / "target"))
+    report = examine_drafter(own, words(), "mtp?top_k=2")
+    assert report.drafter == "mtp?top_k=2"
+    assert [entry.text for entry in report.acceptance] == ["plain"]
+    assert all(entry.length >= 1 and entry.num_drafted for entry in report.acceptance)
+    assert report.agreement == ()
+    assert causes(report) == {}
 
 
 def test_layers_counted_wrongly(target: Any, head: Path):

@@ -185,11 +185,11 @@ def lengths(
 ) -> None:
     """Acceptance lengths against the EAGLE head, and calibration; no times."""
     model, tokenizer = _loaded(threads)
-    fit_on, judge_on = _code(tokenizer, num_prompts, num_prompts), _code(tokenizer, 0, num_prompts)
-    fitted, judged = calibrate(model, head, fit_on, judge_on, num_new=new_tokens)
+    texts = {"code": _code(tokenizer, 0, num_prompts), "edits": _edits(tokenizer, 0, num_prompts)}
+    others = [*_code(tokenizer, num_prompts, num_prompts), *_edits(tokenizer, num_prompts, num_prompts)]
+    fitted, judged = calibrate(model, head, others, [*texts["code"], *texts["edits"]], num_new=new_tokens)
     if save_calibration:
         fitted.save(head / CALIBRATION_FILE)
-    texts = {"code": judge_on, "edits": _edits(tokenizer, num_prompts)}
     depth = load_diffusion(head, model, None, None).head.config.num_guesses  # type: ignore[attr-defined]
     shapes = {
         f"chain of {depth}": ("", f"top_k=1&depth={depth}&min_gain=0"),
@@ -234,7 +234,7 @@ def speed(
         raise typer.BadParameter(f"--processor-time needs --threads 1, got {threads}")
     model, tokenizer = _loaded(threads)
     depth = load_diffusion(head, model, None, None).head.config.num_guesses  # type: ignore[attr-defined]
-    kinds = {"code": _code(tokenizer, 0, num_prompts), "edits": _edits(tokenizer, num_prompts)}
+    kinds = {"code": _code(tokenizer, 0, num_prompts), "edits": _edits(tokenizer, 0, num_prompts)}
     kinds["both"] = [*kinds["code"], *kinds.pop("edits")]
     found = {}
     for name, prompts in kinds.items():
@@ -270,8 +270,8 @@ def _code(tokenizer: Any, start: int, count: int) -> list[IntArray]:
     return [np.array(tokenizer(file.text[:600])["input_ids"], dtype=np.int32) for file in files]
 
 
-def _edits(tokenizer: Any, count: int) -> list[IntArray]:
-    tasks = heldout_tasks(count)
+def _edits(tokenizer: Any, start: int, count: int) -> list[IntArray]:
+    tasks = heldout_tasks(start + count)[start:]
     return [np.array(edit_prompt(tokenizer, task.user), dtype=np.int32) for task in tasks]
 
 

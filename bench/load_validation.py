@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from time import thread_time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from specdec.bench.arrivals import Arrival
 from specdec.bench.forcing import ForcedResponse
 from specdec.bench.load_policies import LoadLimits, Policy, Served
 from specdec.bench.load_sim import simulate_load, summarize_load
 from specdec.bench.recorded_acceptance import RecordedAcceptance
+from specdec.bench.turns import TurnClock
 from specdec.bench.workload import WorkItem
 from specdec.cost_model import CostModel
 from specdec.engine import Engine
-from specdec.types import Request, SamplingParams
+from specdec.protocols import Controller, Load
+from specdec.types import DraftTree, Request, RequestState, SamplingParams, StepEvent
 
-__all__ = ["fit_arrivals", "prediction_errors", "serve_load"]
+__all__ = ["TimedController", "fit_arrivals", "prediction_errors", "serve_in_turns"]
 
 _COMPARED = ("tokens_per_s", "tpot_p50_ms", "tpot_p99_ms", "ttft_p50_ms", "tokens_per_step")
 
@@ -31,18 +34,86 @@ def fit_arrivals(arrivals: Sequence[Arrival], items: Sequence[WorkItem], *, seco
     ]
 
 
-def serve_load(engine: Engine, arrivals: Sequence[Arrival], items: Sequence[WorkItem]) -> list[Served]:
-    """Serve calls when they come; their recorded answers are forced.
+class TimedController:
+    """Passes a controller's decisions through and tells a table what every step took (`specdec.protocols.Controller`).
 
-    The clock is the CPU time of this thread, which does all the work, and jumps to the next arrival where nothing is to
-    be done: on an idle machine the clock on the wall, on a busy one without the neighbours.
+    Args:
+        inner: decides.
+        costs: learns; several engines may share it.
+        clock: in seconds; the one that the engine's times are read from.
+        drafts: False: this engine's drafter does nothing, which is no drafting time.
     """
+
+    def __init__(self, inner: Controller, costs: CostModel, clock: Callable[[], float], *, drafts: bool) -> None:
+        self.inner = inner
+        self._costs, self._clock, self._drafts = costs, clock, drafts
+        self._observed_at: float | None = None
+        self._host_ms = 0.0
+        self._num_fixed, self._context = 0, 1.0
+
+    def plan(self, states: Sequence[RequestState], load: Load) -> list[int]:
+        self._host_ms = 0.0 if self._observed_at is None else 1e3 * (self._clock() - self._observed_at)
+        self._num_fixed = len(states) + load.num_prefill_tokens
+        self._context = sum(state.num_tokens for state in states) / max(len(states), 1)
+        return self.inner.plan(states, load)
+
+    def admit(self, states: Sequence[RequestState], trees: Sequence[DraftTree]) -> Sequence[DraftTree]:
+        return self.inner.admit(states, trees)
+
+    def observe(self, events: Sequence[StepEvent]) -> None:
+        self.inner.observe(events)
+        if events:
+            trace = events[0].trace
+            parts = {"target": trace.target_ms, "verify": trace.verify_ms, "commit": trace.commit_ms,
+                     "host": self._host_ms}  # fmt: skip
+            if self._drafts:
+                parts["draft"] = trace.draft_ms
+            tokens = self._num_fixed + sum(event.trace.num_draft_tokens for event in events)
+            for part, ms in parts.items():
+                self._costs.tables[part].observe(tokens, self._context, len(events), ms)
+        self._observed_at = self._clock() if events else None
+
+
+def serve_in_turns(
+    engines: Mapping[str, Engine], arrivals: Sequence[Arrival], items: Sequence[WorkItem], clock: TurnClock
+) -> dict[str, list[Served]]:
+    """Serve calls when they come, by each engine for itself, a step of one after a step of the other.
+
+    Recorded answers are forced. Each engine has its own time, which jumps to the next arrival where nothing is to be
+    done, so that what disturbs the machine meanwhile disturbs all of them, and the table that they share, alike.
+    """
+    done: dict[str, list[Served]] = {name: [] for name in engines}
+    for name, engine in engines.items():
+        clock.turn(name)
+        _compile(engine)
+    running = {name: _serve(engine, arrivals, items, clock, done[name]) for name, engine in engines.items()}
+    while running:
+        for name in list(running):
+            clock.turn(name)
+            if next(running[name], "over") == "over":
+                del running[name]
+    clock.turn("")
+    return done
+
+
+def _compile(engine: Engine) -> None:
+    """What a first call compiles, so that no request waits for it."""
+    prompts = [np.arange(64, dtype=np.int32) % (7 + row) for row in range(2)]
+    for _ in engine.generate(
+        Request(f"warm-{i}", ids, SamplingParams(max_new_tokens=12)) for i, ids in enumerate(prompts)
+    ):
+        pass
+
+
+def _serve(
+    engine: Engine, arrivals: Sequence[Arrival], items: Sequence[WorkItem], clock: Callable[[], float],
+    done: list[Served],
+) -> Iterator[None]:  # fmt: skip
     waiting = list(zip(arrivals, items, strict=True))[::-1]
     served: dict[str, Served] = {}
-    done: list[Served] = []
-    begin = thread_time()
+    begin = clock()
     while waiting or engine.has_work:
-        now = thread_time() - begin
+        now = clock() - begin
         while waiting and waiting[-1][0].time_s <= now:
             arrival, item = waiting.pop()
             name = f"load-{len(served)}"
@@ -54,13 +125,13 @@ def serve_load(engine: Engine, arrivals: Sequence[Arrival], items: Sequence[Work
             begin -= max(waiting[-1][0].time_s - now, 0.0)
             continue
         for output in engine.step():
-            one, now = served[output.request_id], thread_time() - begin
+            one, now = served[output.request_id], clock() - begin
             one.first_s = one.first_s or now
             if output.finish_reason is not None:
                 one.last_s, one.steps = now, output.state.num_steps
                 one.drafted = output.state.num_drafted
                 done.append(one)
-    return done
+        yield
 
 
 def prediction_errors(

@@ -30,7 +30,7 @@ def simulate_load(
     ),
     policies: Annotated[
         str,
-        typer.Option("--policies", help="Of none, static-K, adaptive, each with +prune, +overlap; comma-separated."),
+        typer.Option("--policies", help="Of none, static-K, adaptive, each with +prune, +overlap, +chunks."),
     ] = "none,static-2,static-4,static-8,adaptive",
     loads: Annotated[str, typer.Option("--loads", help="Speeds of the trace; comma-separated.")] = "1",
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="Engines; arrivals go to them in turn.")] = 1,
@@ -59,13 +59,14 @@ def simulate_load(
     from specdec.bench.arrivals import read_arrivals
     from specdec.bench.load_policies import LoadLimits, Policy, PruneModel
     from specdec.bench.load_sim import compare_policies, prepare_arrivals
+    from specdec.bench.load_steps import draft_table
     from specdec.bench.measure import write_json
     from specdec.commands.bench_show import numbers, slo_of
-    from specdec.cost_model import CostModel, line_of
+    from specdec.cost_model import CostModel
 
     table, goals = CostModel.load(costs), slo_of(slo) or (5000.0, 100.0)
     if draft_ms is not None:
-        table.tables["draft"] = line_of(*_floats("draft-ms", draft_ms, 2))
+        table.tables["draft"] = draft_table(*_floats("draft-ms", draft_ms, 2))
     pruning = PruneModel(*_floats("prune", prune, 3))
     record = _record(acceptance, traces or [], tokenizer, drafter, calls)
     result: dict[str, Any] = {"slo_ms": goals, "replicas": replicas, "runs": []}
@@ -80,8 +81,8 @@ def simulate_load(
                 )  # fmt: skip
             result["runs"].append({"arrivals": path.name, "load": load, "policies": found})
             printing.text(_table(path.name, load, found))
-    if out is not None:
-        write_json(out, result)
+            if out is not None:
+                write_json(out, result)  # after every run: whole traces take their time
 
 
 def _floats(name: str, text: str, count: int) -> list[float]:

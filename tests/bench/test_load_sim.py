@@ -10,10 +10,11 @@ from specdec.bench.arrivals import Arrival
 from specdec.bench.load_policies import LoadLimits, Policy, PruneModel
 from specdec.bench.load_record import record_acceptance
 from specdec.bench.load_sim import compare_policies, prepare_arrivals, simulate_load
+from specdec.bench.load_steps import StepTimes, draft_table
 from specdec.bench.recorded_acceptance import RecordedAcceptance, accepted_by_size, made_up_acceptance
 from specdec.bench.workload import WorkItem
 from specdec.cli import app
-from specdec.cost_model import CostModel, line_of
+from specdec.cost_model import CostModel
 from specdec.errors import ConfigError, LoadError
 from specdec.types import DraftTree
 from tests.test_step_budget import costs_of
@@ -107,7 +108,7 @@ def test_the_command_compares_policies(tmp_path: Path) -> None:
 
 
 def with_drafts(costs: CostModel, fixed_ms: float, each_ms: float) -> CostModel:
-    costs.tables["draft"] = line_of(fixed_ms, each_ms)
+    costs.tables["draft"] = draft_table(fixed_ms, each_ms)
     return costs
 
 
@@ -135,6 +136,25 @@ def test_half_batches_pay_where_drafting_is_dear_and_never_lose() -> None:
     assert work_s("static-2+overlap", cheap) == pytest.approx(work_s("static-2", cheap), rel=1e-9)
 
 
+def test_chunks_pay_where_rows_are_dear_and_never_lose() -> None:
+    dear = with_drafts(costs_of(1, 4.0), 2.0, 6.0)
+    assert work_s("static-4+chunks", dear) < 0.95 * work_s("static-4", dear)
+    flat = with_drafts(costs_of(32, 1.0), 0.1, 0.05)  # a second forward costs more than the rows that it saves
+    assert work_s("static-4+chunks", flat) == pytest.approx(work_s("static-4", flat), rel=1e-3)
+
+
+def test_a_step_in_chunks_takes_what_its_parts_take() -> None:
+    costs = with_drafts(costs_of(1, 1.0), 0.0, 4.0)  # 19 + tokens
+    times = StepTimes(costs, Policy("static-8+chunks"), PruneModel())
+    gains = [[0, 1, 2, 3, 4, 4, 4, 4, 4], [0] * 9]  # the first one's second half is verified, all of it wrong
+    drafts = times.draft_ms(18, 64, 2)
+    assert drafts == 8.0
+    assert times.step_ms(2, [8, 8], gains, drafts, 64) == 8 + 19 + 18  # a second forward costs more
+    steep = StepTimes(with_drafts(costs_of(1, 10.0), 0.0, 4.0), Policy("static-8+chunks"), PruneModel())
+    first, second = steep.verify_ms(10, 0, 0, 64, 2), steep.verify_ms(4, 0, 0, 64, 1)
+    assert steep.step_ms(2, [8, 8], gains, 8.0, 64) == 4 + first + second
+
+
 def test_drafts_that_cost_more_than_they_bring_are_left_out() -> None:
     dear = with_drafts(costs_of(1, 4.0), 1.0, 8.0)
     assert work_s("static-2", dear) > 1.1 * work_s("none", dear)
@@ -142,7 +162,7 @@ def test_drafts_that_cost_more_than_they_bring_are_left_out() -> None:
 
 
 def test_wrong_input_is_named() -> None:
-    with pytest.raises(ConfigError, match="none, adaptive or static-K, then .prune or .overlap, got 'fast'"):
+    with pytest.raises(ConfigError, match="none, adaptive or static-K, then .prune, .overlap or .chunks, got 'fast'"):
         Policy("fast")
     with pytest.raises(ConfigError, match="the cost table is empty"):
         simulate_load([Arrival(0, 1, 1)], CostModel(), made_up_acceptance([0.5]), Policy("none"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "diffusion_speed_table",
     "draft_profile_table",
     "model_drafters_table",
+    "pooled",
 ]
 
 _COLUMNS = (("edits", 0.0), ("edits", 0.8), ("free code", 0.0), ("free code", 0.8))
@@ -32,14 +33,14 @@ def model_drafters_table(result: Mapping[str, Any]) -> str:
                 row = found.get((arm, batch, text, temperature))
                 cells.append("" if row is None else _cell(row, found.get(("plain", batch, text, temperature))))
             greedy = [row for text in ("edits", "free code") if (row := found.get((arm, batch, text, 0.0)))]
-            lines.append(f"| {arm} | {batch} | {' | '.join(cells)} | {_pooled(greedy):.2f} |")
+            lines.append(f"| {arm} | {batch} | {' | '.join(cells)} | {pooled(greedy):.2f} |")
     return "\n".join(lines) + "\n"
 
 
-def _pooled(rows: Sequence[Mapping[str, Any]]) -> float:
+def pooled(rows: Iterable[Mapping[str, Any]]) -> float:
     """Acceptance length over all steps of several rows."""
-    num_tokens = sum(float(row["acceptance_length"] * row["steps"]) for row in rows)
-    return num_tokens / sum(int(row["steps"]) for row in rows)
+    tokens_and_steps = [(float(row["acceptance_length"] * row["steps"]), int(row["steps"])) for row in rows]
+    return sum(tokens for tokens, _ in tokens_and_steps) / sum(steps for _, steps in tokens_and_steps)
 
 
 def _cell(row: Mapping[str, Any], plain: Mapping[str, Any] | None) -> str:

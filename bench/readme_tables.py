@@ -265,7 +265,10 @@ def _sidecar_speed(root: Path) -> str:
 
 def _tiny_drafters(root: Path) -> str:
     result = _load(root, "tiny_drafters")
-    columns = list(dict.fromkeys((row["text"], row["temperature"]) for row in result["rows"]))
+    columns = sorted(
+        {(row["text"], row["temperature"]) for row in result["rows"]},
+        key=lambda one: (("edits", "code", "both").index(one[0]), one[1]),
+    )
     lengths = {(row["arm"], row["text"], row["temperature"]): row["acceptance_length"] for row in result["rows"]}
     rows = [
         f"| acceptance length | {' | '.join(f'{text}, T={temperature:g}' for text, temperature in columns)} |",

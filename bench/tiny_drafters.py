@@ -95,10 +95,11 @@ def measure(
     new_tokens: Annotated[int, typer.Option(help="Decoded after each.", min=8)] = 96,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
 ) -> None:
-    """Acceptance lengths on held-out edits and held-out code, greedy and sampled; no times."""
+    """Acceptance lengths on held-out edits, held-out code and over all steps of both, greedy and sampled; no times."""
     import numpy as np
     import torch
 
+    from specdec.bench.drafter_tables import pooled
     from specdec.bench.edit_tasks import heldout_files, heldout_tasks
     from specdec.bench.measure import write_json
     from specdec.bench.model_drafters import measure as decode
@@ -111,23 +112,23 @@ def measure(
         "code": [tokenizer(file.text[:600])["input_ids"] for file in heldout_files()[:count]],
     }
     rows: list[dict[str, Any]] = []
-    for kind, prompts_of in texts.items():
-        ids = [np.array(one[-1500:], dtype=np.int32) for one in prompts_of]
-        for temperature in (0.0, 0.8):
-            for arm, options in _arms(folder).items():
-                found = decode(
-                    model, tokenizer, prompts=ids, batch=count, temperature=temperature, num_new=new_tokens, **options
+    for temperature in (0.0, 0.8):
+        for arm, options in _arms(folder).items():
+            found = {
+                kind: decode(
+                    model, tokenizer, prompts=[np.array(one[-1500:], dtype=np.int32) for one in prompts_of],
+                    batch=count, temperature=temperature, num_new=new_tokens, **options,
                 )
-                length = round(found["acceptance_length"], 3)
-                rows.append(
-                    {
-                        "text": kind,
-                        "temperature": temperature,
-                        "arm": arm,
-                        "acceptance_length": length,
-                        "steps": found["steps"],
-                    }
-                )
+                for kind, prompts_of in texts.items()
+            }  # fmt: skip
+            lengths = {
+                **{kind: row["acceptance_length"] for kind, row in found.items()},
+                "both": pooled(found.values()),
+            }
+            for kind, length in lengths.items():
+                steps = found[kind]["steps"] if kind in found else sum(row["steps"] for row in found.values())
+                row = {"text": kind, "temperature": temperature, "arm": arm}
+                rows.append({**row, "acceptance_length": round(length, 3), "steps": steps})
                 typer.echo(f"{kind}, T={temperature}, {arm}: {length:.2f}")
     what = "acceptance lengths (tokens per step of the target) of the bundled drafters, bundled model, float32"
     write_json(json_file, {"what": what, "prompts": count, "new_tokens": new_tokens, "rows": rows})

@@ -20,7 +20,7 @@ the denominators of all devices.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ __all__ = [
 
 LOSS_NAMES: Final = ("cross_entropy", "forward_kl", "reverse_kl", "total_variation", "lk_alpha", "lk_hybrid")
 _HYBRID_RATE = 3.0  # of the factor's fall from pure KL at alpha = 0; speculators' default
+_BLOCK = 64  # rows that go through a CPU's losses together: with 4096 logits each, a megabyte
 _LEAST_ALPHA = 1e-6  # -log alpha stays finite where two laws share nothing
 
 
@@ -108,10 +109,42 @@ def _one_loss(student: Tensor, teacher: Tensor, name: str, labels: Tensor | None
 
 def _distance(student: Tensor, teacher: Tensor, name: str) -> Tensor:
     if student.device.type == "cpu":
-        return distillation_loss_reference(student, teacher, name)
+        found: Tensor = _RowBlocks.apply(student, teacher.detach(), name)  # type: ignore[no-untyped-call]
+        return found
     from specdec.kernels.distillation import distillation_loss  # needs triton, which not every CPU installation has
 
     return distillation_loss(student, teacher.detach(), name)
+
+
+class _RowBlocks(torch.autograd.Function):
+    """``distillation_loss_reference``, some rows at a time: whole tables of logits go through no processor's cache.
+
+    A row's loss depends on that row alone, so its gradient is found with it, while the row is at hand.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, name: str) -> Tensor:
+        losses = student.new_empty(len(student), dtype=torch.promote_types(student.dtype, torch.float32))
+        if not ctx.needs_input_grad[0]:
+            for first in range(0, len(student), _BLOCK):
+                rows = slice(first, first + _BLOCK)
+                losses[rows] = distillation_loss_reference(student[rows], teacher[rows], name)
+            return losses
+        slopes = torch.empty_like(student)
+        for first in range(0, len(student), _BLOCK):
+            rows = slice(first, first + _BLOCK)
+            with torch.enable_grad():
+                own = student[rows].detach().requires_grad_()
+                found = distillation_loss_reference(own, teacher[rows], name)
+                (slopes[rows],) = torch.autograd.grad(found.sum(), own)
+            losses[rows] = found.detach()
+        ctx.save_for_backward(slopes)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return slopes * gradient[:, None].to(slopes.dtype), None, None
 
 
 @torch.no_grad()

@@ -155,12 +155,11 @@ class Trainer:
         return self._report(self._reduced([self._forward(batch, is_training=False) for batch in batches]), 0.0, 0.0)
 
     def _forward(self, batch: TrainBatch, *, is_training: bool) -> BatchSums:
-        filled = self.features.fill(batch.to(self.device))
         precision: AbstractContextManager[Any] = (
             torch.autocast(self.device.type, torch.bfloat16) if self.plan.precision == "bf16" else nullcontext()
         )
         with precision:
-            sums: BatchSums = self.module(filled)
+            sums: BatchSums = self.module(self.features.fill(batch.to(self.device)))
         if is_training:
             torch.autograd.backward(sums.loss)
         return sums

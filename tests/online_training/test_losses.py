@@ -138,3 +138,18 @@ def test_a_mix_is_read_and_a_wrong_one_refused():
     for text, message in (("kl", "must be among"), ("forward_kl=0", "number > 0"), ("forward_kl=x", "number > 0")):
         with pytest.raises(ConfigError, match=message):
             parse_mix(text)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "total_variation"])
+def test_a_table_of_more_rows_than_go_through_at_a_time_loses_none(name: str):
+    """Every row's loss and gradient, scaled as the caller scales it, are those of the whole table at once."""
+    student, teacher = logits(8, rows=150)
+    weights = torch.linspace(0.5, 2.0, 150)
+    whole, by_blocks = student.clone().requires_grad_(), student.clone().requires_grad_()
+    expected = losses.distillation_loss_reference(whole, teacher, name)
+    found = row_losses(by_blocks, teacher, {name: 1.0})
+    (expected * weights).sum().backward()
+    (found * weights).sum().backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(by_blocks.grad, whole.grad)
+    torch.testing.assert_close(row_losses(student, teacher, {name: 1.0}), expected.detach())

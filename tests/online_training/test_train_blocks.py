@@ -15,8 +15,9 @@ from specdec.drafters.block_training import attend_by_mask, attend_by_products, 
 from specdec.drafters.diffusion_export import new_weights
 from specdec.drafters.diffusion_head import DiffusionConfig
 from specdec.errors import ConfigError
+from specdec.online_training import train_blocks
 from specdec.online_training.data import Example, TrainBatch, collate
-from specdec.online_training.losses import dpace_weights
+from specdec.online_training.losses import confidence_losses, dpace_weights
 from specdec.online_training.train_blocks import BlockModule, BlockOptions
 from specdec.online_training.train_setup import BlockPlan, DrafterPlan, build_module
 from specdec.types import Request, SamplingParams
@@ -230,3 +231,23 @@ def test_slots_outside_the_text_weigh_nothing_under_dpace():
     found = dpace_weights(probs, counts=counts)
     torch.testing.assert_close(found[:, :2], dpace_weights(probs[:, :2]))
     assert found[0, 2] == 0
+
+
+def test_confidences_learn_that_the_likeliest_tokens_agree():
+    """The label is 0 or 1 by the two laws' likeliest tokens, however much of their mass overlaps."""
+    modules = {name: module_of(confidence_of=name) for name in ("likeliest", "drawn")}
+    asked: dict[str, torch.Tensor] = {}
+    for name, module in modules.items():
+
+        def note(logits: torch.Tensor, rates: torch.Tensor, name: str = name) -> torch.Tensor:
+            asked[name] = rates
+            return confidence_losses(logits, rates)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_blocks, "confidence_losses", note)
+            sums = module(module.features.fill(collate(TEXTS)))
+        if name == "likeliest":
+            assert 0 < float(sums.hits.sum()) < float(sums.tried.sum()), "some agree and some do not"
+            assert float(asked[name].sum()) == float(sums.hits.sum())
+    assert set(asked["likeliest"].unique().tolist()) == {0.0, 1.0}
+    assert ((asked["drawn"] > 0) & (asked["drawn"] < 1)).all()

@@ -191,10 +191,11 @@ class StepAttention:
         _put(keys, slots, key[0].transpose(0, 1))
         _put(values, slots, value[0].transpose(0, 1))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+        num_query_heads, num_tokens = query.shape[1:3]
+        heads = query.view(key.shape[1], per_kv, num_tokens, -1)  # [Hkv, G, T, Dk]
+        results = []
         for layout, seen in zip(self.layouts, self._keys[group_key, per_kv], strict=True):
-            rows = slice(layout.start, layout.start + layout.num_tokens)
-            q = query[0, :, rows].unflatten(0, (key.shape[1], per_kv))  # [Hkv, G, T, Dk]
+            q = heads if len(self.layouts) == 1 else heads.narrow(2, layout.start, layout.num_tokens)
             if isinstance(seen, StrictKeys):
                 result = seen.attend(q, keys, values, scale)
             else:
@@ -203,8 +204,8 @@ class StepAttention:
                     result = _attend_plain(q, k, v, seen, scale)
                 else:
                     result = _attend_special(q, k, v, seen, scale, softcap, sinks)
-            out[0, rows] = result.flatten(0, 1).transpose(0, 1)
-        return out
+            results.append(result.reshape(num_query_heads, layout.num_tokens, -1).transpose(0, 1))
+        return (results[0] if len(results) == 1 else torch.cat(results))[None]
 
     def keep_rows(self, rows: npt.NDArray[np.int64]) -> None:
         """Go on with some query tokens only, [K] ascending indices in the flat row; at least one of each request.

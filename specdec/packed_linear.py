@@ -13,15 +13,19 @@ Source: oneDNN's inner product primitive and its opaque weight formats, through 
 
 from __future__ import annotations
 
-import copy
 import ctypes
-from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Final
+from collections.abc import Hashable
+from typing import Any, Final, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from numba import njit
 from torch import nn
 
 from specdec.errors import UnsupportedError
+from specdec.fused_norm import fuse_norms
+from specdec.stand_ins import StandIn, children, is_free, let_go
 
 __all__ = [
     "PackedEmbedding",
@@ -35,53 +39,39 @@ __all__ = [
 
 _LANES: Final = 64  # output features side by side in the blocked layout
 # Elements below which a dense product of one row is faster: there a call's fixed cost is what counts (10 us against 2
-# in float32, where a dense row goes straight to MKL; dense bfloat16 goes through oneDNN anyway and repacks).
-_LEAST_ELEMENTS: Final = {torch.float32: 1 << 18, torch.bfloat16: 1 << 13}
+# in float32, where a dense row goes straight to MKL; dense bfloat16 goes through oneDNN anyway and repacks). Measured
+# with weights that a model has between two uses of this one, so that they come from memory and not from a cache.
+_LEAST_ELEMENTS: Final = {torch.float32: 1 << 16, torch.bfloat16: 1 << 13}
+_BITS: Final = {2: torch.int16, 4: torch.int32}
+_Rows: TypeAlias = npt.NDArray[Any]  # [blocks, K / p, 64, p], the bits of the values as integers
 
 
-class _Packed(nn.Module):
-    """What both kinds of packed layers share: who holds them, and the dense layer that they stand for."""
+class _Packed(StandIn):
+    """What both kinds of packed layers share: the weight, and the dense layer that they stand for."""
 
     def __init__(self, dense: nn.Linear | nn.Embedding, weight: torch.Tensor) -> None:
-        super().__init__()
+        super().__init__(dense)
         self.weight = nn.Parameter(weight, requires_grad=False) if weight.is_mkldnn else dense.weight
-        self.holders: set[Hashable] = set()
-        self._hidden = (dense,)  # in a tuple, so that it is no submodule
 
     def dense_weight(self) -> torch.Tensor:
         """[N, K] strided: the weight as it was."""
         return self.weight.to_dense() if self.weight.is_mkldnn else self.weight.data
 
     def restored(self) -> nn.Module:
-        """The dense layer, its weight in place again."""
-        (dense,) = self._hidden
+        dense: Any = super().restored()
         if self.weight.is_mkldnn and dense.weight.numel() == 0:  # a tied weight comes back once
             dense.weight.data = self.dense_weight()
-        return dense
+        return dense  # type: ignore[no-any-return]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        """A copy of a packed model is an ordinary one."""
-        (dense,) = self._hidden
+        dense: Any = super().restored()
         if id(dense.weight) not in memo:
             memo[id(dense.weight)] = nn.Parameter(self.dense_weight().clone(), dense.weight.requires_grad)
-        return copy.deepcopy(dense, memo)
+        return super().__deepcopy__(memo)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = self.dense_weight()
-
-    def _load_from_state_dict(self, *_: Any) -> None:
-        raise UnsupportedError("weights cannot be loaded into a packed model: close its engines, or unpack_linears(it)")
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        before = torch.empty(1, dtype=self.weight.dtype)
-        after = fn(before)
-        if (after.dtype, after.device) != (before.dtype, before.device):
-            raise UnsupportedError(
-                f"packed weights cannot become {after.dtype} on {after.device}: close the model's engines first, "
-                "or unpack_linears(it)"
-            )
-        return self
 
 
 class PackedLinear(_Packed):
@@ -96,7 +86,12 @@ class PackedLinear(_Packed):
         super().__init__(dense, weight)
         self.in_features, self.out_features = dense.in_features, dense.out_features
         self.bias = dense.bias
+        self._operands = (self.weight, dense.bias)  # a module looks its parameters up one by one
         self.strict_holders: set[Hashable] = set()
+
+    def let_go(self, holders: set[Hashable]) -> None:
+        super().let_go(holders)
+        self.strict_holders -= holders
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., N] from x [..., K].
@@ -106,11 +101,11 @@ class PackedLinear(_Packed):
         """
         if x.requires_grad and torch.is_grad_enabled():
             raise UnsupportedError("packed weights cannot be trained: close the model's engines, or unpack_linears(it)")
-        rows = x.reshape(-1, self.in_features)
-        num_rows = len(rows)
-        if num_rows == 1 and self.strict_holders:  # one row alone may take another path through oneDNN
-            rows = torch.cat((rows, rows))
-        return packed_product(rows, self.weight, self.bias)[:num_rows].view(*x.shape[:-1], self.out_features)
+        weight, bias = self._operands
+        if self.strict_holders and x.numel() == self.in_features:  # one row may take another path through oneDNN
+            rows = x.reshape(1, self.in_features).expand(2, -1)
+            return packed_product(rows, weight, bias)[:1].view(*x.shape[:-1], self.out_features)
+        return packed_product(x, weight, bias)
 
 
 class PackedEmbedding(_Packed):
@@ -122,7 +117,7 @@ class PackedEmbedding(_Packed):
         rows: the same memory as ``_packed_rows`` sees it.
     """
 
-    def __init__(self, dense: nn.Embedding, weight: torch.Tensor, rows: torch.Tensor) -> None:
+    def __init__(self, dense: nn.Embedding, weight: torch.Tensor, rows: _Rows) -> None:
         super().__init__(dense, weight)
         self.num_embeddings, self.embedding_dim = dense.num_embeddings, dense.embedding_dim
         self.padding_idx = dense.padding_idx
@@ -134,10 +129,12 @@ class PackedEmbedding(_Packed):
         Raises:
             IndexError: an id is outside [0, N).
         """
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.num_embeddings:
-            raise IndexError(f"ids must be in [0, {self.num_embeddings}), got {int(ids.min())} to {int(ids.max())}")
-        found = _gather(self._rows[0], ids.reshape(-1), self.embedding_dim)
-        return found.view(*ids.shape, self.embedding_dim)
+        found = torch.empty(*ids.shape, self.embedding_dim, dtype=self.weight.dtype)
+        flat = ids.reshape(-1).numpy()
+        bad = _gather(self._rows[0], flat, self.num_embeddings, _bits(found).reshape(len(flat), self.embedding_dim))
+        if bad >= 0:
+            raise IndexError(f"ids must be in [0, {self.num_embeddings}), got {flat[bad]}")
+        return found
 
 
 def packing_obstacle(model: nn.Module) -> str | None:
@@ -147,7 +144,7 @@ def packing_obstacle(model: nn.Module) -> str | None:
         return f"packing is for models on the CPU, this one is on {', '.join(devices) or 'no device'}"
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return f"torch {torch.__version__} was built without the oneDNN operators that packing needs"
-    dtypes = {layer.weight.dtype for _, _, layer in _children(model, nn.Linear)}
+    dtypes = {layer.weight.dtype for _, _, layer in children(model, nn.Linear)}
     if not dtypes & set(_LEAST_ELEMENTS):
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         return f"no linear layer is in float32 or bfloat16 ({names or 'there are none'})"
@@ -157,7 +154,7 @@ def packing_obstacle(model: nn.Module) -> str | None:
 
 
 def pack_linears(model: nn.Module, holder: Hashable, *, strict: bool = False) -> int:
-    """Pack every linear layer for which it pays, until ``holder`` lets go.
+    """Pack every linear layer for which it pays, and fuse norms, until ``holder`` lets go.
 
     Layers with hooks, or whose forward somebody replaced, stay as they are.
 
@@ -167,7 +164,7 @@ def pack_linears(model: nn.Module, holder: Hashable, *, strict: bool = False) ->
         strict: pack layers of every size, and make single rows take the same way as many.
 
     Returns:
-        How many layers are now held.
+        How many linear layers are now held.
 
     Raises:
         UnsupportedError: ``strict``, and a layer cannot be packed.
@@ -175,11 +172,11 @@ def pack_linears(model: nn.Module, holder: Hashable, *, strict: bool = False) ->
     users = _users_of_weights(model)
     done: dict[int, nn.Module] = {}
     with torch.inference_mode(False), torch.no_grad():
-        for parent, name, layer in list(_children(model, nn.Linear)):
+        for parent, name, layer in list(children(model, nn.Linear)):
             if id(layer) in done:
                 setattr(parent, name, done[id(layer)])
                 continue
-            if not (_is_free(layer) and layer.weight.dtype in _LEAST_ELEMENTS and layer.weight.numel()):
+            if not (is_free(layer) and layer.weight.dtype in _LEAST_ELEMENTS and layer.weight.numel()):
                 if strict:
                     raise UnsupportedError(
                         f"strict numerics need every linear layer packed, but {name!r} of {type(parent).__name__} has "
@@ -188,8 +185,9 @@ def pack_linears(model: nn.Module, holder: Hashable, *, strict: bool = False) ->
                 continue
             if strict or layer.weight.numel() >= _LEAST_ELEMENTS[layer.weight.dtype]:
                 done[id(layer)] = _replace(parent, name, layer, users[id(layer.weight)])
+    fuse_norms(model, holder)
     held = 0
-    for _, _, packed in _children(model, _Packed):
+    for _, _, packed in children(model, _Packed):
         packed.holders.add(holder)
         if isinstance(packed, PackedLinear):
             held += 1
@@ -199,23 +197,14 @@ def pack_linears(model: nn.Module, holder: Hashable, *, strict: bool = False) ->
 
 
 def unpack_linears(model: nn.Module, holder: Hashable | None = None) -> None:
-    """Let go of a model's packed layers; those that nobody holds any more become what they were, bit for bit.
+    """Let go of a model's packed layers and fused norms; those that nobody holds become what they were, bit for bit.
 
     Args:
         model: packed or not.
         holder: who lets go; None: everybody.
     """
     with torch.inference_mode(False), torch.no_grad():
-        places = [(parent, name) for parent, name, _ in _children(model, _Packed)]
-        for parent, name in places:  # one at a time, so that only one layer is there twice
-            packed = parent._modules[name]
-            assert isinstance(packed, _Packed)
-            gone = set(packed.holders) if holder is None else {holder}
-            packed.holders -= gone
-            if isinstance(packed, PackedLinear):
-                packed.strict_holders -= gone
-            if not packed.holders:
-                setattr(parent, name, packed.restored())
+        let_go(model, holder)
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor | None:
@@ -232,18 +221,9 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor | None:
 
 
 def packed_product(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """[T, N] from rows [T, K] and a packed weight, without gradients."""
+    """[..., N] from rows [..., K] and a packed weight, without gradients."""
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, packed, bias, "none", [], "")
     return out
-
-
-def _children(model: nn.Module, kind: type[Any]) -> Iterator[tuple[nn.Module, str, Any]]:
-    """(parent, name, child) of every place that holds a layer of ``kind``; for torch's own kinds exactly that class."""
-    is_exact = kind in (nn.Linear, nn.Embedding)
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if type(child) is kind if is_exact else isinstance(child, kind):
-                yield parent, name, child
 
 
 def _users_of_weights(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, nn.Module]]]:
@@ -255,14 +235,6 @@ def _users_of_weights(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, 
                 if parameter is not None and child is not None:
                     users.setdefault(id(parameter), []).append((parent, name, child))
     return users
-
-
-def _is_free(layer: nn.Module) -> bool:
-    """True if nobody watches the layer, or has put a forward or a kind of weight of their own into it."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    # Quantised and tensor-parallel weights are tensors of their own kind, under an ordinary layer.
-    is_ordinary = all(type(parameter.data) is torch.Tensor for parameter in layer.parameters(recurse=False))
-    return not any(hooks) and "forward" not in layer.__dict__ and is_ordinary
 
 
 def _replace(
@@ -286,7 +258,7 @@ def _replace(
 
 
 def _can_read_packed(layer: nn.Module) -> bool:
-    return type(layer) is nn.Embedding and layer.max_norm is None and _is_free(layer)
+    return type(layer) is nn.Embedding and layer.max_norm is None and is_free(layer)
 
 
 def _reorder(weight: torch.Tensor) -> torch.Tensor:
@@ -294,7 +266,7 @@ def _reorder(weight: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-def _packed_rows(packed: torch.Tensor, dense: torch.Tensor) -> torch.Tensor | None:
+def _packed_rows(packed: torch.Tensor, dense: torch.Tensor) -> _Rows | None:
     """The memory of a packed [N, K] weight as [N / 64, K / p, 64, p], p values to 4 bytes; None: that is not it."""
     num_rows, width = dense.shape
     pair = 4 // dense.itemsize
@@ -303,14 +275,30 @@ def _packed_rows(packed: torch.Tensor, dense: torch.Tensor) -> torch.Tensor | No
     if num_bytes % (blocks * _LANES * 4):
         return None
     memory = (ctypes.c_char * num_bytes).from_address(torch.ops.mkldnn.data_ptr(packed))
-    rows = torch.frombuffer(memory, dtype=dense.dtype).view(blocks, -1, _LANES, pair)
+    rows: _Rows = np.frombuffer(memory, dtype=f"i{dense.itemsize}").reshape(blocks, -1, _LANES, pair)
     if rows.shape[1] * pair < width:
         return None
     # The layout is oneDNN's secret, so it is not believed but looked at: every lane, over the whole matrix.
     sample = torch.arange(0, num_rows, max(1, num_rows // 1024) | 1)
-    return rows if torch.equal(_gather(rows, sample, width), dense[sample]) else None
+    found = torch.empty(len(sample), width, dtype=dense.dtype)
+    _gather(rows, sample.numpy(), num_rows, _bits(found))
+    return rows if torch.equal(found, dense[sample]) else None
 
 
-def _gather(rows: torch.Tensor, ids: torch.Tensor, width: int) -> torch.Tensor:
-    """[T, K] rows ``ids`` [T] of a packed matrix."""
-    return rows[ids // _LANES, :, ids % _LANES].flatten(1)[:, :width].contiguous()
+def _bits(values: torch.Tensor) -> npt.NDArray[Any]:
+    """The same memory as signed integers: numpy knows no bfloat16."""
+    bits: npt.NDArray[Any] = values.view(_BITS[values.itemsize]).numpy()
+    return bits
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _gather(rows: _Rows, ids: npt.NDArray[np.int64], num_rows: int, out: npt.NDArray[Any]) -> int:
+    """Write rows ``ids`` [T] of a packed matrix to ``out`` [T, K]; -1, or where the first id outside [0, N) stands."""
+    num_lanes, pair = rows.shape[2:]
+    for place, index in enumerate(ids):
+        if index < 0 or index >= num_rows:
+            return int(place)
+        block, lane = index // num_lanes, index % num_lanes
+        for column in range(out.shape[1]):
+            out[place, column] = rows[block, column // pair, lane, column % pair]
+    return -1

@@ -23,7 +23,8 @@ LAYERS = [
     " specdec.cost_model specdec.cost_measure specdec.controller_floor specdec.draft_turns"
     " specdec.plain_probes specdec.step_budget",
     "specdec.verifier.* specdec.drafters.* specdec.mask_laws specdec.probe specdec.kv_slots specdec.kv_cache"
-    " specdec.prefix_cache specdec.packed_linear specdec.query_layout specdec.strict_attention specdec.strict"
+    " specdec.prefix_cache specdec.stand_ins specdec.fused_norm specdec.packed_linear"
+    " specdec.query_layout specdec.strict_attention specdec.strict"
     " specdec.device_tables specdec.step_buffers specdec.kernel_attention specdec.kernel_runner"
     " specdec.prompt_attention specdec.split_attention"
     " specdec.strict_operations specdec.flat_batch specdec.ranks"

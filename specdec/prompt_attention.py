@@ -2,15 +2,19 @@
 
 A tree needs the kernel's ancestor bits; a prompt chunk is a chain, which flash attention knows as causal. The kernel
 reads K and V where they lie, flash attention needs them gathered in one row. What that costs against what its larger
-tiles save depends on the device and the shape, so both are timed at the first chunk of every shape.
+tiles save depends on the device and the shape, so both are timed at the first chunk of every shape. Both round
+differently, so the verdict is kept on disk: the same prompt gives the same text in the next process, too.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -19,11 +23,20 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from specdec.cost_model import cost_file
 from specdec.device_work import DeviceClock
 from specdec.kernels.tree_batch import TreeBatch
 from specdec.query_layout import QueryLayout
 
-__all__ = ["LEAST_TOKENS", "PromptAttention", "PromptChunks", "Timer", "causal_attention", "device_timer"]
+__all__ = [
+    "LEAST_TOKENS",
+    "PromptAttention",
+    "PromptChunks",
+    "Timer",
+    "causal_attention",
+    "device_timer",
+    "verdict_file",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -87,17 +100,19 @@ def _has_flash(query: Tensor, keys: Tensor, values: Tensor) -> bool:
 
 
 class PromptAttention:
-    """Which of the two attends to the prompt chunks of each shape; decided once for each, as long as this lives.
+    """Which of the two attends to the prompt chunks of each shape; decided once for each.
 
     A shape is dtype, heads and widths, and the powers of two that tokens and keys of the step's longest chunk reach.
 
     Args:
         timer: of the device.
+        file: where verdicts are kept for other processes; None: they last as long as this.
     """
 
-    def __init__(self, timer: Timer) -> None:
+    def __init__(self, timer: Timer, file: Path | None = None) -> None:
         self._timer = timer
-        self.by_torch: dict[_Shape, bool] = {}  # what was measured so far
+        self._file = file
+        self.by_torch: dict[str, bool] = {}  # by shape: what was measured so far
 
     def chunks_of(self, layouts: Sequence[QueryLayout]) -> PromptChunks | None:
         """The prompt chunks of a step; None: it has none."""
@@ -109,15 +124,53 @@ class PromptAttention:
         return PromptChunks(self, layouts, chosen) if chosen else None
 
     def prefers_torch(self, shape: _Shape, by_kernel: Callable[[], Tensor], by_torch: Callable[[], Tensor]) -> bool:
-        """True if torch's way was the faster one when this shape was first seen."""
-        if shape not in self.by_torch:
+        """True if torch's way was the faster one when this shape was first seen, in whichever process that was."""
+        name = " ".join(map(str, shape))
+        if name not in self.by_torch:
+            self.by_torch |= _read_verdicts(self._file)
+        if name not in self.by_torch:
             kernel_ms, torch_ms = self._timer(by_kernel), self._timer(by_torch)
-            self.by_torch[shape] = torch_ms < kernel_ms
+            self.by_torch[name] = torch_ms < kernel_ms
             logger.info(
                 "prompt chunks of up to %d tokens and %d keys go to %s: the kernel takes %.3f ms, flash attention %.3f",
                 shape[-2], shape[-1], "flash attention" if torch_ms < kernel_ms else "the kernel", kernel_ms, torch_ms,
             )  # fmt: skip
-        return self.by_torch[shape]
+            _write_verdicts(self._file, self.by_torch)
+        return self.by_torch[name]
+
+
+def verdict_file(device: torch.device) -> Path:
+    """Where the verdicts about one kind of device are kept between runs, beside the tables of costs."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return cost_file(["prompt-attention", name, torch.__version__])
+
+
+def _read_verdicts(file: Path | None) -> dict[str, bool]:
+    if file is None or not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and all(isinstance(verdict, bool) for verdict in found.values()):
+            return found
+        problem = "it holds something else"
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    logger.warning("cannot read how prompt chunks were attended to from %s, so it is measured again: %s", file, problem)
+    return {}
+
+
+def _write_verdicts(file: Path | None, by_torch: dict[str, bool]) -> None:
+    """All or nothing; verdicts that another process has written meanwhile stand."""
+    if file is None:
+        return
+    by_torch |= _read_verdicts(file)
+    beside = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(by_torch, indent=1, sort_keys=True), encoding="utf-8")
+        beside.replace(file)
+    except OSError as error:
+        logger.warning("how prompt chunks are attended to may differ in the next run, it cannot be kept: %s", error)
 
 
 class PromptChunks:

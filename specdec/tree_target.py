@@ -26,7 +26,7 @@ from specdec.kernels.launch import Backend, uses_triton
 from specdec.kv_cache import CallShape, GroupKey, Keep, KVPool
 from specdec.placement import device_of
 from specdec.prefix_cache import PrefixCache
-from specdec.prompt_attention import PromptAttention, device_timer
+from specdec.prompt_attention import PromptAttention, device_timer, verdict_file
 from specdec.query_layout import QueryLayout
 from specdec.readings import HiddenStates, LateSuccessors, Successors
 from specdec.split_attention import SplitAttention
@@ -149,10 +149,11 @@ class TreeTarget:
             from specdec.kernel_runner import KernelRunner  # imports Triton, which is not everywhere
 
             may_choose = kernels == "auto" and not is_strict and self.device.type == "cuda" and not self.is_split
+            prompts = PromptAttention(device_timer(self.device), verdict_file(self.device)) if may_choose else None
             self.runner = KernelRunner(
                 self.pool, self._forward, max_length=max_length + self.max_draft_tokens + 1,
                 max_batch_size=max_batch_size, device=self.device, is_strict=is_strict, buckets=buckets,
-                max_earlier=max_earlier, prompts=PromptAttention(device_timer(self.device)) if may_choose else None,
+                max_earlier=max_earlier, prompts=prompts,
             )  # fmt: skip
         self._num_query_groups = [c.num_query_heads // c.num_kv_heads for c in calls]
         self._masks: dict[torch.device, dict[tuple[GroupKey, int], TailMasks]] = {}

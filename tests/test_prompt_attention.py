@@ -130,3 +130,28 @@ def test_without_a_gpu_and_by_name_all_is_the_kernel_s():
     assert target_of(make("llama"), kernels="triton").runner.prompts is None
     with build_engine(make("llama"), "none", max_length=32, kv_tokens=64, kernels="auto") as engine:
         assert engine.target.runner is None
+
+
+def test_a_verdict_outlives_the_process_that_measured_it(tmp_path, caplog):
+    file = tmp_path / "costs" / "verdicts.json"
+    shapes = [(torch.float16, 8, 64, 2, 64, 128, keys) for keys in (256, 512)]
+
+    def nothing() -> torch.Tensor:
+        return torch.empty(0)
+
+    first = PromptAttention(FakeTimer(2.0, 1.0), file)
+    assert first.prefers_torch(shapes[0], nothing, nothing)
+    opposite = FakeTimer(1.0, 2.0)
+    other = PromptAttention(opposite, file)
+    assert other.prefers_torch(shapes[0], nothing, nothing), "as it was measured first"
+    assert opposite.num_asked == 0
+    assert not other.prefers_torch(shapes[1], nothing, nothing)
+    assert not first.prefers_torch(shapes[1], nothing, nothing), "two that live side by side agree, too"
+    assert PromptAttention(opposite).prefers_torch(shapes[0], nothing, nothing) is False, "without a file it is its own"
+
+    file.write_text('{"a shape": "fast"}')
+    assert not PromptAttention(opposite, file).prefers_torch(shapes[0], nothing, nothing)
+    assert "measured again" in caplog.text
+    blocked = PromptAttention(opposite, file / "below a file")
+    assert not blocked.prefers_torch(shapes[0], nothing, nothing)
+    assert "cannot be kept" in caplog.text

@@ -4,13 +4,16 @@
 
 Recorded answers are forced onto a model with random weights, so all arms write the same text and only time differs.
 Arms take turns step by step, in one process. Stores know the half of the episodes that is not
-measured, and every arm has served some calls of the other half. The fixed lengths that are timed are those that are
-best on the simulated clock (``specdec.bench.paper_speed``), which tries more of them. Decoding speed leaves the
+measured, and every arm has served some calls of the other half. ``NAME@8`` drafts exactly eight tokens wherever that
+drafter finds as many: its own rules of stopping are off. ``NAME~8`` keeps them and drafts at most eight: a harder
+rival, for it is adaptive by itself. The lengths that are timed are those that are best on the simulated clock
+(``specdec.bench.paper_speed``), which tries more of them. Decoding speed leaves the
 prompt's time out: where requests run alone, from the first token to the last; with several at a time, the steps in
 which all of them decode.
 
-All times, also those by which the controller decides, are the CPU time of the one thread that does all the work: on an
-idle machine the time on the wall, on a busy one without the neighbours. So run it with OMP_NUM_THREADS=1.
+All times, also those by which the controller decides, are by default the CPU time of the one thread that does all the
+work: on an idle machine the time on the wall, on a busy one without the neighbours. So run it with OMP_NUM_THREADS=1.
+``--clock wall`` is for an idle machine and any number of threads.
 """
 
 from __future__ import annotations
@@ -24,20 +27,22 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from time import thread_time
+from time import perf_counter, thread_time
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
-from specdec.bench.arms import EngineArm, Job, warm_up
+from specdec.bench.arms import EngineArm, Job
 from specdec.bench.arrivals import read_arrivals
 from specdec.bench.load_policies import LoadLimits, Policy
 from specdec.bench.load_record import record_acceptance
 from specdec.bench.load_validation import TimedController, fit_arrivals, prediction_errors, serve_in_turns
 from specdec.bench.measure import write_json
+from specdec.bench.retrieval_arms import ArmName, jobs_of, make_drafter, train_stores
 from specdec.bench.scripted import serve_scripted
+from specdec.bench.targets import SHAPES, random_target
 from specdec.bench.turns import TurnClock, decode_seconds, run_in_turns
 from specdec.bench.workload import Limits, WorkItem, Workload
 from specdec.build import build_engine, model_max_length
@@ -45,32 +50,21 @@ from specdec.controller_adaptive import AdaptiveController
 from specdec.cost_measure import measure_costs
 from specdec.cost_model import CostModel
 from specdec.drafters.fusion import FusedDrafter
-from specdec.drafters.lookahead import LookaheadDrafter
-from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
-from specdec.drafters.store import RetrievalStore
-from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine
 from specdec.errors import ConfigError
-from specdec.protocols import Drafter
 from specdec.routes import choose_route
 
 __all__ = [
-    "FUSED",
     "batch_size",
     "decode_seconds",
-    "jobs_of",
     "main",
     "ratio",
     "report",
-    "single_drafter",
     "take_calls",
     "use_clock",
 ]
 
-# Recycling reads the target's own logits, and those of random weights say nothing about a recorded answer.
-FUSED = ("suffix", "lookahead", "ngram")
-_TRIE_CALLS = 60  # a saved trie is counted anew when it is loaded
 # Every arm has served so many other calls before it is timed: an engine that has just been started is another question.
 _PAPER_CALLS, _PAPER_BUDGET = 24, 16
 
@@ -96,6 +90,13 @@ def use_cpu_clock() -> TurnClock:
     return clock
 
 
+def use_wall_clock() -> TurnClock:
+    """Let everything read the time on the wall, that of one arm at a time."""
+    clock = TurnClock(perf_counter)
+    use_clock(clock)
+    return clock
+
+
 def small_model(vocab_size: int) -> Any:
     """46 million parameters with a vocabulary of 150 thousand: a step takes about 10 ms on two cores."""
     config = transformers.LlamaConfig(
@@ -106,49 +107,20 @@ def small_model(vocab_size: int) -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def make_drafter(name: str, stores: Path) -> Drafter:
-    """A fresh drafter over a fresh copy of what was learned before."""
-    if name == "fused":
-        return FusedDrafter([(part, single_drafter(part, stores)) for part in FUSED])
-    return single_drafter(name, stores)
-
-
-def single_drafter(name: str, stores: Path) -> Drafter:
-    """One of ``FUSED``, fresh."""
-    if name == "ngram":
-        return NgramDrafter()
-    store = RetrievalStore.load(stores.with_suffix(f".{name}"))
-    return SuffixDrafter(store=store) if name == "suffix" else LookaheadDrafter(store=store)
-
-
-def train_stores(items: Sequence[WorkItem], path: Path) -> None:
-    """Show the retrieval drafters answered calls and save what each keeps."""
-    drafters: dict[str, SuffixDrafter | LookaheadDrafter] = {"suffix": SuffixDrafter(), "lookahead": LookaheadDrafter()}
-    for name, drafter in drafters.items():
-        warm_up(drafter, jobs_of(items[-_TRIE_CALLS:] if name == "lookahead" else items))
-        drafter.store.save(path.with_suffix(f".{name}"))
-
-
 def batch_size(concurrency: int) -> int:
     """Calls that an arm answers in its turn: enough that all but the last few have company to the end."""
     return 1 if concurrency == 1 else max(2 * concurrency, 12)
 
 
-def jobs_of(items: Sequence[WorkItem]) -> list[Job]:
-    """The calls, their answers forced."""
-    return [Job(item.prompt_ids, len(item.response_ids), item.response_ids) for item in items]
-
-
 def build_arms(names: Sequence[str], model: Any, stores: Path, concurrency: int) -> list[EngineArm]:
-    """``plain``, ``NAME@LENGTH``, ``NAME`` (its own rule) and ``fused``."""
+    """One for each name; see ``ArmName``."""
     arms = []
     route = choose_route(model, max_length=model_max_length(model))  # once: it is the same for all
     make = partial(build_engine, model, route=route, kv_tokens=concurrency * 1400, costs="measure")
     for name in names:
-        base, _, length = name.partition("@")
-        guesser = "none" if base == "plain" else partial(make_drafter, base, stores)
-        budget = 0 if base == "plain" else int(length) if length else None
-        arms.append(EngineArm(name, make, guesser, budget=budget, concurrency=concurrency))
+        told = ArmName.of(name)
+        guesser = "none" if told.base == "plain" else partial(make_drafter, told.base, stores, is_fixed=told.is_fixed)
+        arms.append(EngineArm(name, make, guesser, budget=told.budget, concurrency=concurrency))
     return arms
 
 
@@ -160,9 +132,10 @@ def run_arms(
     spent: dict[str, list[tuple[int, float]]] = {arm.name: [] for arm in arms}
     steps: dict[str, list[int]] = {arm.name: [0, 0, 0] for arm in arms}
     run_in_turns(arms, warm, clock)  # compile, allocate, and see what the sources are worth
-    begin = thread_time()
+    seconds = thread_time if torch.get_num_threads() == 1 else perf_counter
+    begin = seconds()
     for number, batch in enumerate(batches):
-        if number and thread_time() - begin > limit_s * number / (number + 1):
+        if number and seconds() - begin > limit_s * number / (number + 1):
             break  # another turn would not fit
         found = run_in_turns(arms, batch, clock)
         for arm in arms:
@@ -285,9 +258,12 @@ def main() -> None:
     parser.add_argument("--agent-concurrency", default="1,16")
     parser.add_argument("--concurrency", default="1,2,4,8,16,32", help="of the controls")
     parser.add_argument(
-        "--alone", default="suffix@8,suffix@16", help="fixed arms that agents' calls alone are timed by"
+        "--alone", default="suffix@4,ppm@4,suffix~8", help="single drafters that agents' calls alone are timed by"
     )
-    parser.add_argument("--together", default="suffix@1,suffix@2", help="and several at a time")
+    parser.add_argument("--together", default="suffix@1,ppm@1,suffix~2", help="and several at a time")
+    parser.add_argument("--model", default="small", help=f"the target: small, or {', '.join(SHAPES)}")
+    parser.add_argument("--dtype", default="float32", help="of its random weights")
+    parser.add_argument("--clock", default="cpu", choices=("cpu", "wall"))
     parser.add_argument("--stores", type=Path, default=Path(tempfile.gettempdir()) / "specdec-adaptive-stores")
     parser.add_argument("--prepare", action="store_true", help="train the stores and stop")
     parser.add_argument(
@@ -305,9 +281,16 @@ def main() -> None:
                                   per_episode=0)  # fmt: skip
                 train_stores(kept, options.stores / group)
         return
-    clock = use_cpu_clock()
-    model = small_model(len(words) + (-len(words)) % 128)
-    result: dict[str, Any] = {"model": {"parameters": sum(p.numel() for p in model.parameters()), "dtype": "float32"}}
+    clock = use_cpu_clock() if options.clock == "cpu" else use_wall_clock()
+    if options.model == "small":
+        model = small_model(len(words) + (-len(words)) % 128)
+    else:
+        model = random_target(options.model, dtype=options.dtype).model
+    size = sum(parameter.numel() for parameter in model.parameters())
+    result: dict[str, Any] = {
+        "model": {"name": options.model, "parameters": size, "dtype": str(model.dtype).removeprefix("torch.")},
+        "clock": options.clock,
+    }
     if options.agents and options.agent_concurrency:
         items = take_calls(
             options.agents, words, calls=options.calls, prompt=options.prompt, response=options.response, half=1
@@ -327,8 +310,8 @@ def main() -> None:
         if options.json:
             write_json(options.json, result)
     if options.controls:
-        size = {"calls": options.control_calls, "response": options.response, "prompt": 128}
-        items, result["controls"] = take_calls(options.controls, words, half=1, **size), []
+        limits = {"calls": options.control_calls, "response": options.response, "prompt": 128}
+        items, result["controls"] = take_calls(options.controls, words, half=1, **limits), []
         for number in map(int, options.concurrency.split(",")):
             mine = items[: max(6 * number, 51) + _PAPER_CALLS]
             result["controls"].append(

@@ -97,24 +97,30 @@ def reliability_table(result: Mapping[str, Any]) -> str:
 
 
 def adaptive_speed_table(result: Mapping[str, Any]) -> str:
-    """Fused drafts under the controller, against plain decoding and the best single drafter at a fixed length."""
+    """Fused drafts under the controller, against plain decoding, the best fixed length and the best own rule."""
     lines = [
-        "| text | at a time | plain | best single, fixed length | fused | fused / single | fused / plain |",
-        "|---|---|---|---|---|---|---|",
+        "| text | at a time | plain | fused | fused / plain | best exact length | fused / it | best with own stops | "
+        "fused / it |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for group, text in _GROUPS:
         for row in result.get(group, []):
             arms = row["arms"]
-            singles = [name for name in arms if "@" in name]
-            best = max(singles, key=lambda name: float(arms[name]["tokens_per_s"]), default=None)
             lines.append(
                 f"| {text} | {row['concurrency']} | {arms['plain']['tokens_per_s']:.0f}/s | "
-                + ("" if best is None else f"{best}: {arms[best]['tokens_per_s']:.0f}/s")
-                + f" | {arms['fused']['tokens_per_s']:.0f}/s | "
-                + ("" if best is None else _range(row["fused_over"][best]))
-                + f" | {_range(row['fused_over']['plain'])} |"
+                f"{arms['fused']['tokens_per_s']:.0f}/s | {_range(row['fused_over']['plain'])} | "
+                f"{_best(row, '@')} | {_best(row, '~')} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def _best(row: Mapping[str, Any], mark: str) -> str:
+    """Two columns: the fastest single drafter whose name has the mark, and fused over it."""
+    arms = row["arms"]
+    best = max(
+        (name for name in arms if mark in name), key=lambda name: float(arms[name]["tokens_per_s"]), default=None
+    )
+    return " | " if best is None else f"{best}: {arms[best]['tokens_per_s']:.0f}/s | {_range(row['fused_over'][best])}"
 
 
 def _range(ratio: Mapping[str, float]) -> str:

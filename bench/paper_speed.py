@@ -19,18 +19,16 @@ import numpy as np
 import transformers
 
 from specdec.bench.adaptive_speed import (
-    FUSED,
     batch_size,
     decode_seconds,
-    jobs_of,
     ratio,
     report,
-    single_drafter,
     take_calls,
     use_clock,
 )
 from specdec.bench.arms import EngineArm
 from specdec.bench.measure import write_json
+from specdec.bench.retrieval_arms import FUSED, ArmName, jobs_of, single_drafter
 from specdec.bench.scripted import ScriptedTarget, scripted_engine
 from specdec.bench.workload import WorkItem
 from specdec.controller_adaptive import AdaptiveController
@@ -42,11 +40,14 @@ from specdec.types import Chunk, DraftTree, RequestState, StepEvent, TargetOutpu
 
 __all__ = ["PaperClock", "PricedDrafter", "PricedTarget", "main", "paper_engine"]
 
-# Fixed lengths that may be the best: long ones where requests run alone, short ones where many share a step.
-ALONE = {"suffix": (4, 8, 16, 32), "lookahead": (8, 16), "ngram": (8,)}
-TOGETHER = {"suffix": (1, 2, 4), "lookahead": (2,), "ngram": (2,)}
+# Lengths that may be the best: long ones where requests run alone, short ones where many share a step. Exact ones (@),
+# and most ones of drafters that stop by rules of their own (~).
+ALONE = ("suffix@3", "suffix@4", "suffix@8", "suffix@16", "ppm@3", "ppm@4", "ppm@8", "ppm@16", "lookahead@4",
+         "lookahead@8", "ngram@4", "ngram@8", "suffix~4", "suffix~8", "suffix~16", "ppm~4", "ppm~8")  # fmt: skip
+TOGETHER = ("suffix@1", "suffix@2", "suffix@4", "ppm@1", "ppm@2", "ppm@4", "lookahead@2", "ngram@2",
+            "suffix~1", "suffix~2", "ppm~2")  # fmt: skip
 # Milliseconds of a call and of each of its requests, on one core.
-PRICES = {"suffix": (0.05, 0.12), "lookahead": (0.02, 0.06), "ngram": (0.02, 0.02)}
+PRICES = {"suffix": (0.05, 0.12), "lookahead": (0.02, 0.06), "ngram": (0.02, 0.02), "ppm": (0.05, 0.12)}
 
 
 class PaperClock:
@@ -119,10 +120,9 @@ def run_paper(
     size = batch_size(concurrency)
     fused: dict[str, Any] = {}
     for name in names:
-        base, _, length = name.partition("@")
-        budget = 0 if base == "plain" else int(length) if length else None
-        fresh = partial(_drafter, base, stores, clock)
-        arm = EngineArm(name, make, "none" if base == "plain" else fresh, budget=budget, concurrency=concurrency)
+        told = ArmName.of(name)
+        guesser = "none" if told.base == "plain" else partial(_drafter, told, stores, clock)
+        arm = EngineArm(name, make, guesser, budget=told.budget, concurrency=concurrency)
         spent, steps, accepted, drafted = [], 0, 0, 0
         for at in range(0, len(jobs), size):
             results = arm.run(jobs[at : at + size])
@@ -149,12 +149,13 @@ def run_paper(
     }  # fmt: skip
 
 
-def _drafter(name: str, stores: Path, clock: PaperClock) -> Drafter:
-    if name == "fused":
+def _drafter(told: ArmName, stores: Path, clock: PaperClock) -> Drafter:
+    if told.base == "fused":
         return FusedDrafter(
             [(part, PricedDrafter(single_drafter(part, stores), PRICES[part], clock)) for part in FUSED]
         )
-    return PricedDrafter(single_drafter(name, stores), PRICES[name], clock)
+    drafter = single_drafter(told.base, stores, is_fixed=told.is_fixed)
+    return PricedDrafter(drafter, PRICES[told.base], clock)
 
 
 def main() -> None:
@@ -190,8 +191,7 @@ def main() -> None:
         items = take_calls(paths, words, calls=calls, prompt=options.prompt, response=options.response, half=1)
         result[group] = []
         for number in map(int, numbers.split(",")):
-            lengths = ALONE if number == 1 else TOGETHER
-            singles = [f"{name}@{n}" for name, few in lengths.items() for n in few] if group == "agents" else []
+            singles = () if group != "agents" else ALONE if number == 1 else TOGETHER
             mine = items if group == "agents" else items[: max(4 * number, 16)]
             result[group].append(
                 run_paper(mine, ["plain", "fused", *singles], number, options.stores / group, make, clock)

@@ -10,7 +10,7 @@ from numba import njit
 
 from specdec.tree import FloatArray, IntArray
 
-__all__ = ["DEPTHS", "NUM_BINS", "effective_values", "learn_outcomes", "merge_and_price", "merge_trees", "price_nodes"]
+__all__ = ["DEPTHS", "NUM_BINS", "learn_outcomes", "merge_and_price", "merge_trees", "price_nodes"]
 
 Bytes = npt.NDArray[np.uint8]
 DEPTHS = 6  # buckets: 1, 2, 3-4, 5-8, 9-16, deeper
@@ -216,12 +216,3 @@ def learn_outcomes(
     for source in range(8):
         extra[source] = max(min(length, accepted) - lost_from[source], 0) if lost_from[source] >= 0 else 0
     return offset
-
-
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def effective_values(parents: IntArray, values: FloatArray) -> FloatArray:
-    """[N] float32: each value cut to its parent's, so that the best n nodes are always connected."""
-    out = np.empty(len(values), dtype=np.float32)
-    for node in range(len(values)):
-        out[node] = values[node] if parents[node] < 0 else min(values[node], out[parents[node]])
-    return out

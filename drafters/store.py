@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from specdec.suffix_tree.branch_memory import BranchMemory
 from specdec.suffix_tree.cache import SuffixCache
 from specdec.suffix_tree.files import ArrayFile, DamagedFileError, open_arrays, save_arrays
 from specdec.suffix_tree.index import Section, SuffixIndex
+from specdec.suffix_tree.ppm import MAX_ORDER, prior_weights
 from specdec.tree import IntArray
 
 __all__ = ["RetrievalStore"]
 
 _MAX_BRANCH_NODES = 1 << 20
 _MAX_BRANCH_TOKENS = 1 << 18
+_MAX_CONTEXT_NODES = 1 << 21
 
 
 class RetrievalStore:
@@ -56,6 +59,7 @@ class RetrievalStore:
             raise ConfigError(str(error)) from error
         self.lock: threading.RLock = self.suffix.lock
         self._branches: dict[str, BranchMemory] = {}
+        self._contexts: dict[str, BranchMemory] = {}
         self._successors: dict[str, SuccessorTable] = {}
 
     def branches(self, tenant: str, depth: int) -> BranchMemory:
@@ -64,35 +68,40 @@ class RetrievalStore:
         Raises:
             ConfigError: it was made with another depth.
         """
-        with self.lock:
-            memory = self._branches.pop(tenant, None)
-            if memory is None:
-                memory = BranchMemory(depth, _MAX_BRANCH_NODES, _MAX_BRANCH_TOKENS)
-            self._branches[tenant] = memory
-            self._drop_surplus(self._branches)
-            if memory.trie.depth != depth:
-                raise ConfigError(f"this store counts strings of {memory.trie.depth} tokens, the drafter needs {depth}")
-            return memory
+        made = partial(BranchMemory, depth, _MAX_BRANCH_NODES, _MAX_BRANCH_TOKENS)
+        memory: BranchMemory = self._part(self._branches, tenant, made)
+        if memory.trie.depth != depth:
+            raise ConfigError(f"this store counts strings of {memory.trie.depth} tokens, the drafter needs {depth}")
+        return memory
+
+    def contexts(self, tenant: str) -> BranchMemory:
+        """The tenant's memory for prediction by partial matching."""
+        made = partial(BranchMemory, MAX_ORDER + 1, _MAX_CONTEXT_NODES, _MAX_BRANCH_TOKENS, prior_weights())
+        memory: BranchMemory = self._part(self._contexts, tenant, made)
+        return memory
 
     def successors(self, tenant: str) -> SuccessorTable:
         """The tenant's successor matrix."""
-        with self.lock:
-            table = self._successors.pop(tenant) if tenant in self._successors else SuccessorTable()
-            self._successors[tenant] = table
-            self._drop_surplus(self._successors)
-            return table
+        table: SuccessorTable = self._part(self._successors, tenant, SuccessorTable)
+        return table
 
-    def _drop_surplus(self, parts: dict[str, Any]) -> None:
-        """Keep ``max_tenants``: what the tenant idle longest has goes; its live requests keep what they hold."""
-        while len(parts) > self.suffix.max_tenants:
-            del parts[next(iter(parts))]
+    def _part(self, parts: dict[str, Any], tenant: str, make: Callable[[], Any]) -> Any:
+        """What the tenant has there, made if it has nothing; the tenants' order is that of their last use.
+
+        Of more tenants than ``max_tenants`` what the one idle longest has goes; its live requests keep what they hold.
+        """
+        with self.lock:
+            parts[tenant] = part = parts.pop(tenant) if tenant in parts else make()
+            while len(parts) > self.suffix.max_tenants:
+                del parts[next(iter(parts))]
+            return part
 
     @property
     def nbytes(self) -> int:
         """Bytes in use over all tenants."""
         with self.lock:
-            branches = sum(memory.nbytes for memory in self._branches.values())
-            return self.suffix.nbytes + branches + sum(table.nbytes for table in self._successors.values())
+            parts = (self._branches, self._contexts, self._successors)
+            return self.suffix.nbytes + sum(part.nbytes for of_kind in parts for part in of_kind.values())
 
     # --- filling and forgetting ---------------------------------------------------------------------------------------
 
@@ -116,10 +125,9 @@ class RetrievalStore:
             if index is not None and request_id in index.responses:
                 self.suffix.forget(request_id, tenant=tenant)
                 found = True
-            if tenant in self._branches:
-                found |= self._branches[tenant].forget(request_id)
-            if tenant in self._successors:
-                found |= self._successors[tenant].forget(request_id)
+            for parts in (self._branches, self._contexts, self._successors):
+                if tenant in parts:
+                    found |= parts[tenant].forget(request_id)
             if not found:
                 raise RequestError(f"nothing is kept of request {request_id!r} of tenant {tenant!r}")
 
@@ -130,7 +138,8 @@ class RetrievalStore:
             RequestError: the tenant is unknown.
         """
         with self.lock:
-            known = [parts.pop(tenant, None) is not None for parts in (self._branches, self._successors)]
+            parts = (self._branches, self._contexts, self._successors)
+            known = [of_kind.pop(tenant, None) is not None for of_kind in parts]
             if tenant in self.suffix.tenants:
                 self.suffix.forget_tenant(tenant)
             elif not any(known):
@@ -149,7 +158,7 @@ class RetrievalStore:
         file = Path(path)
         arrays: dict[str, np.ndarray] = {}
         with self.lock:
-            meta: dict[str, Any] = {"suffix": {}, "branches": {}, "successors": {}}
+            meta: dict[str, Any] = {"suffix": {}, "branches": {}, "contexts": {}, "successors": {}}
             indexes: list[tuple[str, str, SuffixIndex]] = [
                 (f"suffix/{i}", tenant, index) for i, (tenant, index) in enumerate(self.suffix.tenants.items())
             ]
@@ -160,9 +169,10 @@ class RetrievalStore:
                 meta["shared"] = {"name": "shared", **_checked(self.suffix.shared.counters())}
             for name, _, index in indexes:
                 arrays |= {f"{name}/{field}": array for field, array in index.arrays()}
-            for i, (tenant, memory) in enumerate(self._branches.items()):
-                meta["branches"][tenant] = {"name": f"branches/{i}", "depth": memory.trie.depth, "keys": memory.keys}
-                arrays |= {f"branches/{i}/{field}": array for field, array in memory.arrays().items()}
+            for kind, memories in (("branches", self._branches), ("contexts", self._contexts)):
+                for i, (tenant, memory) in enumerate(memories.items()):
+                    meta[kind][tenant] = {"name": f"{kind}/{i}", "depth": memory.trie.depth, "keys": memory.keys}
+                    arrays |= {f"{kind}/{i}/{field}": array for field, array in memory.arrays().items()}
             for i, (tenant, table) in enumerate(self._successors.items()):
                 meta["successors"][tenant] = {"name": f"successors/{i}", "owners": table.owner_numbers}
                 arrays |= {f"successors/{i}/{field}": array for field, array in table.arrays().items()}
@@ -201,8 +211,9 @@ class RetrievalStore:
             if self.suffix.shared is not None:
                 self.suffix.shared.restore(saved.meta["shared"], _sections(saved, "shared"))
         for tenant, entry in saved.meta["branches"].items():
-            fields = {field: saved.read(f"{entry['name']}/{field}") for field in ("lengths", "texts", "tries", "hits")}
-            self.branches(tenant, entry["depth"]).restore(entry["keys"], fields)
+            self.branches(tenant, entry["depth"]).restore(entry["keys"], _counted(saved, entry))
+        for tenant, entry in saved.meta.get("contexts", {}).items():  # older files have none
+            self.contexts(tenant).restore(entry["keys"], _counted(saved, entry))
         for tenant, entry in saved.meta["successors"].items():
             fields = {field: saved.read(f"{entry['name']}/{field}") for field in ("rows", "owners", "tries", "hits")}
             self.successors(tenant).restore(entry["owners"], fields)
@@ -213,6 +224,10 @@ def _checked(counters: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(key, str | int):
             raise ConfigError(f"a store is saved with string or integer request ids, got {key!r}")
     return counters
+
+
+def _counted(saved: ArrayFile, entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {field: saved.read(f"{entry['name']}/{field}") for field in ("lengths", "texts", "tries", "hits")}
 
 
 def _sections(saved: ArrayFile, name: str) -> Mapping[str, Section]:

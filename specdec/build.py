@@ -26,6 +26,7 @@ from specdec.drafters.lookahead import LookaheadDrafter
 from specdec.drafters.mtp import load_mtp, read_mtp
 from specdec.drafters.ngram import NgramDrafter
 from specdec.drafters.none import NoDrafter
+from specdec.drafters.ppm import PpmDrafter
 from specdec.drafters.recycling import RecyclingDrafter
 from specdec.drafters.suffix import SuffixDrafter
 from specdec.engine import Engine
@@ -76,6 +77,7 @@ DRAFTERS: Mapping[str, Callable[..., Drafter]] = {
     "ngram": NgramDrafter,
     "suffix": SuffixDrafter,
     "lookahead": LookaheadDrafter,
+    "ppm": PpmDrafter,
     "recycling": RecyclingDrafter,
 }
 

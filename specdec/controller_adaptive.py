@@ -1,8 +1,8 @@
 """Spends verification where it buys tokens: the best nodes of the whole batch while they pay, and none if none do.
 
 Before drafting, ``plan`` bounds each request's draft by what could pay if every node were right. After drafting,
-``admit`` verifies the best nodes of all requests together; see ``specdec.step_budget`` for how many. Values fall along
-a path, so the best nodes are connected (OPT-Tree, 2406.17276).
+``admit`` verifies the best nodes of all requests together; see ``specdec.token_worth`` for what each is worth and
+``specdec.step_budget`` for how many. Worths fall along a path, so the best nodes are connected (OPT-Tree, 2406.17276).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from time import perf_counter
 import numpy as np
 
 from specdec.cost_model import CostModel
-from specdec.drafters.fusion_kernels import effective_values
 from specdec.errors import ConfigError
 from specdec.protocols import Load
 from specdec.step_budget import StepBudget
+from specdec.tree import FloatArray
 from specdec.types import DraftTree, RequestState, StepEvent
 
 __all__ = ["AdaptiveController"]
@@ -85,7 +85,7 @@ class AdaptiveController:
     def admit(self, states: Sequence[RequestState], trees: Sequence[DraftTree]) -> Sequence[DraftTree]:
         if not trees:
             return trees
-        values = [self._weight(state) * _node_values(tree)[1:] for state, tree in zip(states, trees, strict=True)]
+        values = [self._weight(state) * self._worths(tree)[1:] for state, tree in zip(states, trees, strict=True)]
         flat = np.concatenate(values)
         chosen = np.ones(len(flat), dtype=np.bool_)
         if len(flat):
@@ -103,6 +103,15 @@ class AdaptiveController:
         if judged:
             self.budget.judge(*zip(*judged, strict=True))
         return admitted
+
+    def _worths(self, tree: DraftTree) -> FloatArray:
+        """[N] float32, in tokens."""
+        if len(tree) == 1:
+            return np.ones(1, np.float32)
+        values = tree.values
+        if values is None:
+            values = (_NO_VALUE ** tree.depths()).astype(np.float32)
+        return self.budget.worths(tree.parents, values)
 
     def _weight(self, state: RequestState) -> np.float32:
         return np.float32(state.request.priority * self._lateness.get(state.request_id, 1.0))
@@ -136,14 +145,3 @@ class AdaptiveController:
         if len(self._lateness) > 2 * len(events) + 64:
             live = {event.state.request_id for event in events}
             self._lateness = {name: value for name, value in self._lateness.items() if name in live}
-
-
-def _node_values(tree: DraftTree) -> np.ndarray:
-    values = tree.values
-    if len(tree) == 1:
-        return np.ones(1, np.float32)
-    if values is not None and tree.sources is not None:
-        return values  # of a fused tree: products along its paths
-    if values is None:
-        values = (_NO_VALUE ** tree.depths()).astype(np.float32)
-    return effective_values(tree.parents, values)  # type: ignore[no-any-return]

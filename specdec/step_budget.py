@@ -1,7 +1,7 @@
 """How many draft tokens a step should verify, given what each is worth and what the step costs.
 
-Of the nodes of all requests, sorted by value (the calibrated chance that the path to a node is accepted), a step
-verifies the first B, for the B that maximises
+Of the nodes of all requests, sorted by value (what a node is worth in tokens: ``specdec.token_worth``), a step verifies
+the first B, for the B that maximises
 
     sum of the B best values  -  rate * milliseconds(B)
 
@@ -25,7 +25,8 @@ from specdec.cost_model import CostModel
 from specdec.draft_turns import DraftTurns
 from specdec.errors import ConfigError
 from specdec.plain_probes import PlainProbes
-from specdec.tree import FloatArray
+from specdec.token_worth import attainable_speedups, token_worths
+from specdec.tree import FloatArray, IntArray
 
 __all__ = ["StepBudget", "choose_size"]
 
@@ -89,6 +90,7 @@ class StepBudget:
         self._shape, self._age, self._most = (0, 0, 0), 0, 0  # what the prices below are for, and of which age
         self._curve = np.empty(0)  # [n + 1] milliseconds of this step with 0 to n draft tokens, as long as was asked
         self._plain_ms, self._node_ms = 0.0, 0.0
+        self._attainable = attainable_speedups(0.0)  # speed-up by the chance of the next token
 
     def begin(self, num_requests: int, context: float, num_prefill: int, most: int) -> int:
         """A step begins; returns the most draft tokens of one request that could pay even if all were right.
@@ -127,6 +129,12 @@ class StepBudget:
             self._curve = beside[0] + np.maximum(beside - beside[0], alone - alone[0])
         few = min(_FEW, most) * self._requests
         self._node_ms = float(self._curve[few] - self._curve[0]) / max(few, 1)
+        self._attainable = attainable_speedups(self._node_ms * self._requests / max(self._plain_ms, 1e-9))
+
+    def worths(self, parents: IntArray, values: FloatArray) -> FloatArray:
+        """What the nodes [N] of a tree are worth, in tokens, by the chances of their paths; see ``token_worths``."""
+        worths: FloatArray = token_worths(parents, values, self._attainable, self.speedup)
+        return worths
 
     def _step_ms(self, num_draft_tokens: int) -> npt.NDArray[np.float64]:
         """[n + 1] milliseconds of this step with 0 to n draft tokens."""

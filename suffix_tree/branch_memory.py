@@ -1,4 +1,4 @@
-"""One tenant's memory for trie lookahead: the counting trie of its outputs, the texts in it, and acceptance by cell."""
+"""One tenant's memory for drafters that count strings: the trie of its outputs, the texts in it, outcomes by class."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ class BranchMemory:
         depth: longest string that is counted.
         max_nodes: bound of the trie.
         max_tokens: texts kept for forgetting, in tokens; the oldest are uncounted beyond it.
+        prior: [classes] float32: rates before anything was observed; None: those of lookahead's cells.
     """
 
-    def __init__(self, depth: int, max_nodes: int, max_tokens: int) -> None:
+    def __init__(self, depth: int, max_nodes: int, max_tokens: int, prior: np.ndarray | None = None) -> None:
         self.trie = CountTrie(depth, max_nodes)
         self.max_tokens = max_tokens
-        self.tries = np.zeros(BRANCH_CELLS, np.float32)
-        self.hits = np.zeros(BRANCH_CELLS, np.float32)
-        self._prior = _prior_rates()
+        self._prior = _prior_rates() if prior is None else prior
+        self.tries = np.zeros(len(self._prior), np.float32)
+        self.hits = np.zeros(len(self._prior), np.float32)
         self._texts: dict[Hashable, list[Int32Array]] = {}  # oldest first
         self._windows: dict[Hashable, Int32Array] = {}
         self._num_tokens = 0
 
     @property
     def rates(self) -> np.ndarray:
-        """[BRANCH_CELLS] float32: acceptance by cell, as measured so far."""
+        """[classes] float32: how often each class was right, as measured so far."""
         return (self.hits + _PRIOR_TRIES * self._prior) / (self.tries + _PRIOR_TRIES)
 
     @property

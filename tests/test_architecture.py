@@ -21,7 +21,7 @@ LAYERS = [
     "specdec.tree specdec.readings specdec.types specdec.device_work",
     "specdec.protocols specdec.config specdec.sampling specdec.processors.* specdec.stopping specdec.rope specdec.text"
     " specdec.cost_model specdec.cost_measure specdec.controller_floor specdec.draft_turns"
-    " specdec.plain_probes specdec.step_budget",
+    " specdec.plain_probes specdec.token_worth specdec.step_budget",
     "specdec.verifier.* specdec.drafters.* specdec.mask_laws specdec.probe specdec.kv_slots specdec.kv_cache"
     " specdec.prefix_cache specdec.stand_ins specdec.fused_norm specdec.packed_linear"
     " specdec.query_layout specdec.strict_attention specdec.strict"

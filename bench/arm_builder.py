@@ -115,6 +115,7 @@ def build_arms(
     assistant: Any = None,
     concurrency: Sequence[int] = (1,),
     kv_tokens: int | None = None,
+    overlap: str = "auto",
 ) -> list[Arm]:
     """The arms, those of transformers first; each number of ``concurrency`` gives ours again, as ``NAME xN`` above 1.
 
@@ -125,6 +126,7 @@ def build_arms(
         assistant: the small model of ``assisted``.
         concurrency: requests at a time.
         kv_tokens: of an engine, for each request at a time.
+        overlap: of drafting and verification in our engines; see ``EngineConfig``.
 
     Raises:
         ConfigError: an unknown or repeated name, or a budget that is none.
@@ -139,7 +141,8 @@ def build_arms(
     # Speculation of transformers takes one request at a time, so its arms have no place in a sweep.
     arms: list[Arm] = [_peer(name, unchanged, assistant) for name in peers]
     for number in concurrency:
-        make = partial(build_engine, model, route=route, kv_tokens=None if kv_tokens is None else number * kv_tokens)
+        held = None if kv_tokens is None else number * kv_tokens
+        make = partial(build_engine, model, route=route, kv_tokens=held, overlap=overlap)
         arms += [_ours(name, make, budget, number) for name in names if name not in peers]
     return arms
 

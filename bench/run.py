@@ -63,6 +63,7 @@ class BenchOptions:
         keep_rows: False leaves rows and timeline out of the file: smaller, but it cannot be resumed.
         slo_ms: (to the first token, per further token) for goodput.
         strict: the first faulty record is an error.
+        overlap: of drafting and verification; see ``EngineConfig``.
     """
 
     mode: str = "replay"
@@ -85,6 +86,7 @@ class BenchOptions:
     keep_rows: bool = True
     slo_ms: tuple[float, float] | None = None
     strict: bool = False
+    overlap: str = "auto"
 
     def __post_init__(self) -> None:
         if self.mode not in ("simulate", "replay", "live"):
@@ -224,7 +226,7 @@ def _arms(target: Target | None, works: Sequence[Workload], options: BenchOption
     else:
         arms = build_arms(
             options.arms, target.model, budget=options.budget, assistant=assistant, concurrency=options.concurrency,
-            kv_tokens=_room(target, works, options),
+            kv_tokens=_room(target, works, options), overlap=options.overlap,
         )  # fmt: skip
     arms.sort(key=lambda arm: _REFERENCES.index(arm.name) if arm.name in _REFERENCES else len(_REFERENCES))
     return arms

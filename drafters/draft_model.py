@@ -113,7 +113,8 @@ class DraftModel:
 
         Args:
             request_ids: R different ones.
-            texts: [n] int32 each: what was read before, and at least one token more.
+            texts: [n] int32 each: what was read before, and mostly more; without more, as after a draft that was never
+                verified, the last token is read again.
 
         Returns:
             Which of them could be read (indices; the others are too long or the pool is full), and the logits after
@@ -122,6 +123,8 @@ class DraftModel:
         rest: dict[int, IntArray] = {}
         num_free = self._target.pool.num_free
         for index, (request_id, text) in enumerate(zip(request_ids, texts, strict=True)):
+            if self.num_read(request_id) >= len(text):
+                self.rewind(request_id, len(text) - 1)
             new = text[self.num_read(request_id) :]
             if len(text) <= self.max_length and len(new) <= num_free:
                 rest[index] = new
@@ -152,6 +155,10 @@ class DraftModel:
     def drop(self, request_ids: Sequence[str]) -> None:
         """Drop the trees of these requests, not their texts."""
         self._cache.drop(request_ids)
+
+    def rewind(self, request_id: str, num_tokens: int) -> None:
+        """Forget a request's text from ``num_tokens`` on; nothing if it was not read so far."""
+        self._cache.cut(request_id, num_tokens)
 
     def release(self, request_ids: Sequence[str]) -> None:
         """Forget requests; unknown ones are no error."""

@@ -124,6 +124,11 @@ class FusedDrafter:
         """Of the sources; bit s of a node's ``sources`` stands for name s."""
         return tuple(source.name for source in self._sources)
 
+    @property
+    def drafters(self) -> tuple[Drafter, ...]:
+        """The sources themselves."""
+        return tuple(source.drafter for source in self._sources)
+
     def start(self, states: Sequence[RequestState]) -> None:
         started: list[_Source] = []
         try:

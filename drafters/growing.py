@@ -114,6 +114,20 @@ class GrowingCache:
             _clear(self._held[request_id])
         self.pool.commit([Keep(request_id, 0, _NOTHING) for request_id in known if self._has_table(request_id)])
 
+    def cut(self, request_id: str, num_read: int) -> None:
+        """Drop the committed rows of a request from ``num_read`` on; its tree must have been dropped.
+
+        All of them where layers that forget have given back what a query there would see.
+        """
+        held = self._held.get(request_id)
+        if held is None or held.num_read <= num_read:
+            return
+        if not self.pool.holds(request_id, num_read):
+            self.release([request_id])
+            return
+        self.pool.cut(request_id, num_read)
+        held.num_read = num_read
+
     def release(self, request_ids: Sequence[str]) -> None:
         """Forget requests; unknown ones are no error."""
         for request_id in request_ids:

@@ -106,6 +106,10 @@ class LmDrafter:
         if self._costs is not None:
             self._costs.observe(events)
 
+    def rewind(self, request_id: str, num_tokens: int) -> None:
+        """Forget a request's text from ``num_tokens`` on: it was shown in advance and did not come true."""
+        self.model.rewind(request_id, num_tokens)
+
     def stop(self, request_ids: Sequence[str]) -> None:
         self.model.release(request_ids)
 

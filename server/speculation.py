@@ -141,6 +141,11 @@ class RoutedDrafter:
             num_successors=max((need.num_successors for need in needs), default=0),
         )
 
+    @property
+    def drafters(self) -> tuple[Drafter, ...]:
+        """All of them."""
+        return tuple(self._drafters.values())
+
     def start(self, states: Sequence[RequestState]) -> None:
         for state in states:
             choice = self._choices.of(state.request_id)

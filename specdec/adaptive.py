@@ -10,21 +10,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from specdec.beside import beside_for
 from specdec.config import EngineConfig
 from specdec.controller import BackoffController, FixedController
 from specdec.controller_adaptive import AdaptiveController
 from specdec.cost_measure import measure_costs
 from specdec.cost_model import CostModel, cost_file
 from specdec.drafters.fusion import FusedDrafter
-from specdec.errors import ConfigError, LoadError
-from specdec.protocols import Controller, Drafter, TargetModel
+from specdec.drafters.lm import LmDrafter
+from specdec.drafters.lookahead import LookaheadDrafter
+from specdec.drafters.ngram import NgramDrafter
+from specdec.drafters.none import NoDrafter
+from specdec.drafters.recycling import RecyclingDrafter
+from specdec.drafters.suffix import SuffixDrafter
+from specdec.errors import ConfigError, LoadError, UnsupportedError
+from specdec.overlap import StepOverlap
+from specdec.overlap_costs import AutoOverlap, FixedOverlap
+from specdec.placement import device_of
+from specdec.protocols import Controller, Drafter, TargetModel, Verifier
+from specdec.ranks import is_spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["controller_for", "known_costs", "measured_costs"]
+__all__ = ["controller_for", "known_costs", "measured_costs", "overlap_for"]
 
 
 def controller_for(
@@ -92,3 +103,46 @@ def measured_costs(model: PreTrainedModel, target: TargetModel, variant: Sequenc
             return CostModel(), path
         logger.info("measured what a step of %s costs: %.2f ms for one token", name, costs.step_ms(1, 128, 1))
         return costs, path
+
+
+def overlap_for(
+    model: PreTrainedModel, drafter: Drafter, controller: Controller, verifier: Verifier, config: EngineConfig
+) -> StepOverlap | None:
+    """What lets drafting and verification overlap, as the configuration wants it; None: nothing does.
+
+    Raises:
+        UnsupportedError: it was asked for by name and cannot be, or a green context was and there is none.
+    """
+    mode, device = config.overlap, device_of(model)
+    if mode == "off" or isinstance(drafter, NoDrafter):
+        return None
+    obstacle = None
+    if verifier.draws is not None:
+        obstacle = "drafts of another step are no draws for a rejection rule: use the match rule"
+    elif is_spread(model):
+        obstacle = "the model's ranks would have to agree on it at every step"
+    may_run_beside = device.type == "cuda" or _drafts_apart(drafter, model)
+    if obstacle is None and mode == "halves" and not may_run_beside:
+        obstacle = f"on a CPU {type(drafter).__name__} may run modules of the target, which is busy with the other half"
+    if obstacle is not None:
+        if mode == "auto":
+            return None
+        raise UnsupportedError(f'overlap="{mode}" is impossible here: {obstacle}')
+    policy: AutoOverlap | FixedOverlap
+    if mode == "auto":
+        # Two threads need one interpreter: on a CPU the forward hides none of a draft.
+        policy = AutoOverlap(getattr(controller, "costs", None), hidden=1.0 if device.type == "cuda" else 0.0)
+    else:
+        policy = FixedOverlap(mode)
+    beside = beside_for(device, num_sms=config.overlap_sms)
+    return StepOverlap(policy, beside, looks_ahead=may_run_beside and mode != "auto")
+
+
+def _drafts_apart(drafter: Drafter, model: PreTrainedModel) -> bool:
+    """True if a drafter runs nothing of the target, so that a thread of its own may."""
+    parts = getattr(drafter, "drafters", None)  # of one that asks several
+    if isinstance(parts, tuple):
+        return all(_drafts_apart(part, model) for part in parts)
+    if isinstance(drafter, LmDrafter):
+        return drafter.model.hf_model is not model
+    return isinstance(drafter, NgramDrafter | SuffixDrafter | LookaheadDrafter | RecyclingDrafter)

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from specdec.adaptive import controller_for, known_costs
+from specdec.adaptive import controller_for, known_costs, overlap_for
 from specdec.chain_target import ChainTarget
 from specdec.config import EngineConfig
 from specdec.device_work import DeviceClock
@@ -389,6 +389,7 @@ def build_engine(
         return Engine(
             target, judge, guesser, controller, tokenizer=tokenizer, config=config, observers=observers,
             on_close=give_back, clock=DeviceClock(device),
+            overlap=overlap_for(model, guesser, controller, judge, config),
         )  # fmt: skip
     except BaseException:
         give_back()

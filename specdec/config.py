@@ -63,6 +63,15 @@ class EngineConfig(BaseModel):
         "a few seconds at the start, kept in the user's cache for the next one",
     )
 
+    overlap: Literal["auto", "off", "halves", "chunks"] = Field(
+        default="auto",
+        description="draft for half of the batch while the other half is verified, or verify drafts in chunks of "
+        "levels; auto: where the measured costs promise a gain and a trial has found it",
+    )
+    overlap_sms: int = Field(
+        default=0, ge=0, description="multiprocessors of a green context for drafting beside verification; 0: none"
+    )
+
     @classmethod
     def of(cls, **options: Any) -> EngineConfig:
         """Validate ``options``; every broken rule becomes one line of one ``ConfigError``."""

@@ -16,6 +16,7 @@ import torch
 from specdec.config import EngineConfig
 from specdec.device_work import Clock, DeviceClock
 from specdec.errors import InternalError, RequestError, UnsupportedError
+from specdec.overlap import StepOverlap
 from specdec.protocols import Controller, Drafter, Observer, TargetModel, Verifier
 from specdec.readings import HiddenStates
 from specdec.scheduler import Part, Scheduler
@@ -54,6 +55,7 @@ class Engine:
         observers: see every step.
         on_close: called once by ``close``.
         clock: of the target's device; None: the wall's.
+        overlap: lets drafting and verification overlap; None: one after the other.
 
     Raises:
         UnsupportedError: the drafter needs what this target or verifier does not give.
@@ -71,6 +73,7 @@ class Engine:
         observers: Sequence[Observer] = (),
         on_close: Callable[[], None] = lambda: None,
         clock: Clock | None = None,
+        overlap: StepOverlap | None = None,
     ) -> None:
         wanted = drafter.needs.hidden_layers
         if wanted and wanted != getattr(target, "hidden_layers", ()):
@@ -88,6 +91,7 @@ class Engine:
         self._outbox: list[RequestOutput] = []
         self._on_close = on_close
         self._clock = clock or DeviceClock(torch.device("cpu"))
+        self.overlap = overlap
 
     def __enter__(self) -> Engine:
         return self
@@ -98,6 +102,8 @@ class Engine:
     def close(self) -> None:
         """Cancel what is live and give the model back as it was; the engine must not be used afterwards."""
         self._finish([(state, "cancelled") for state in list(self._states.values())])
+        if self.overlap is not None:
+            self.overlap.close()
         on_close, self._on_close = self._on_close, lambda: None
         on_close()
 
@@ -166,9 +172,11 @@ class Engine:
         """
         outputs, self._outbox = self._outbox, []
         self.scheduler.admit()
-        parts = self.scheduler.plan()
+        parts: Sequence[Part] = self.scheduler.plan()
         if not parts:
             return outputs
+        if self.overlap is not None:
+            parts = self.overlap.select(parts)
         try:
             try:
                 self._run(parts, outputs)
@@ -189,7 +197,7 @@ class Engine:
         if not chunks:
             return
         begin = self._clock.mark()
-        output = self.target.forward(chunks)
+        output = self.target.forward(chunks) if self.overlap is None else self.overlap.forward(self.target, chunks)
         end = self._clock.mark()
         decoding = _verified([chunk for chunk in chunks if chunk.tree is not None], output)
         results = self._verify(decoding, output)
@@ -199,7 +207,9 @@ class Engine:
         # Verification has waited for the device, so both marks are behind.
         target_ms = self._clock.ms(begin, end) if decoding else 0.0
         events = step_events(decoding, output, results, emitted, times, target_ms)
-        observers: tuple[Controller | Drafter | Observer, ...] = (self.controller, self.drafter, *self.observers)
+        observers: list[Controller | Drafter | Observer] = [self.controller, self.drafter, *self.observers]
+        if self.overlap is not None:
+            observers.insert(0, self.overlap)
         for observer in observers:
             observer.observe(events)
         for chunk in decoding:
@@ -217,13 +227,18 @@ class Engine:
             min(budget, self.target.max_draft_tokens, self._num_left(state) - 1)
             for budget, state in zip(budgets, states, strict=True)
         ]
-        trees = self.drafter.propose(states, limits)
-        for state in states:
-            state.hidden = None
+        if self.overlap is not None:
+            trees = self.overlap.propose(self.drafter, states, limits)
+        else:
+            trees = self.drafter.propose(states, limits)
+            for state in states:
+                state.hidden = None
         self._check_trees(states, trees, limits)
         if not self.target.supports_trees:
             trees = [tree.to_chain() for tree in trees]
         trees = list(self.controller.admit(states, trees))
+        if self.overlap is not None:
+            trees = self.overlap.split(states, trees)
         return {state.request_id: tree for state, tree in zip(states, trees, strict=True)}
 
     def _check_trees(self, states: Sequence[RequestState], trees: Sequence[DraftTree], limits: Sequence[int]) -> None:
@@ -311,6 +326,8 @@ class Engine:
         if gone:
             self.verifier.stop(gone)
             self.drafter.stop(gone)
+            if self.overlap is not None:
+                self.overlap.stop(gone)
 
     def _check(self, request: Request) -> None:
         ids, vocab_size = request.prompt_ids, self.target.vocab_size

@@ -31,7 +31,7 @@ LAYERS = [
     " specdec.attention specdec.early_exit specdec.tree_target specdec.chain_target specdec.plain_target"
     " specdec.row_forward specdec.reference specdec.self_test specdec.routes specdec.controller specdec.trace"
     " specdec.hidden_taps specdec.controller_adaptive specdec.toy specdec.apd specdec.self_speculation",
-    "specdec.scheduler specdec.step_events specdec.engine specdec.halves",
+    "specdec.scheduler specdec.step_events specdec.beside specdec.overlap specdec.overlap_costs specdec.engine",
     "specdec.online_training.*",
     "specdec.adaptive specdec.build",
     "specdec.hf specdec.check specdec.doctor specdec.demo specdec.server.* specdec.bench.*",

@@ -19,11 +19,13 @@ from specdec.config import EngineConfig
 from specdec.controller import BackoffController, FixedController
 from specdec.drafters.ngram import NgramDrafter
 from specdec.engine import Engine
+from specdec.overlap import StepOverlap
 from specdec.protocols import Drafter, DrafterNeeds, Load
 from specdec.sampling import Sampler
 from specdec.toy import OracleDrafter, RandomTreeDrafter, ToyTarget
 from specdec.types import DraftTree, FinishReason, Request, RequestState, SamplingParams, StepEvent, TargetOutput
 from specdec.verifier.match import MatchVerifier
+from tests.erratic import Erratic, Inline
 
 VOCAB_SIZE = 5
 MAX_LENGTH = 24
@@ -47,6 +49,7 @@ class Plan:
     config: EngineConfig
     supports_trees: bool
     target_seed: int
+    overlap_seed: int | None  # drafting and verification overlap as these dice fall
 
 
 @dataclass
@@ -167,6 +170,7 @@ def plans(draw: st.DrawFn) -> Plan:
         ),
         supports_trees=draw(st.booleans()),
         target_seed=draw(st.integers(0, 5)),
+        overlap_seed=draw(st.sampled_from([None, 0, 1, 2])),
     )
 
 
@@ -199,6 +203,7 @@ def test_every_request_says_what_it_says_alone_and_leaves_nothing_behind(plan: P
         CyclingController(plan.budgets),
         config=plan.config,
         observers=[observer],
+        overlap=None if plan.overlap_seed is None else StepOverlap(Erratic(plan.overlap_seed), Inline()),
     )
     streams, states = run(engine, plan, drafter, observer)
 

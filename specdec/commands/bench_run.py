@@ -27,6 +27,7 @@ from specdec.commands.options import (
     BudgetOption,
     DeviceOption,
     DTypeOption,
+    OverlapOption,
     SeedOption,
     TemperatureOption,
     TracesOption,
@@ -97,6 +98,7 @@ def run(
     temperature: TemperatureOption = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", help="1: off.")] = 1.0,
     budget: BudgetOption = None,
+    overlap: OverlapOption = "auto",
     warmth: Annotated[str, typer.Option("--warmth", help="cold, self-warmed or warmed.")] = "self-warmed",
     train: Annotated[
         list[Path] | None, typer.Option("--train", help="Traces that warmed stores know; default: the other half.")
@@ -133,6 +135,7 @@ def run(
         max_response=max_response, seed=seed, temperature=temperature, top_p=top_p, held_out=held_out,
         train_calls=train_calls, chat_template=chat_template, concurrency=numbers("concurrency", concurrency, int),
         keep_rows=not compact, slo_ms=slo_of(slo), strict=strict,
+        overlap=overlap,
     )  # fmt: skip
     target, words = _target(is_simulated, model, shape, tokenizer, dtype, device)
     helper = None if assistant is None else load_model(assistant, dtype=dtype, device=device).model

@@ -20,6 +20,7 @@ from specdec.commands.options import (
     JsonOption,
     MaxNewTokensOption,
     ModelOption,
+    OverlapOption,
     SeedOption,
     TemperatureOption,
     VerifierOption,
@@ -84,6 +85,7 @@ def generate(
     ] = False,
     drafter: DrafterOption = "ngram",
     budget: BudgetOption = None,
+    overlap: OverlapOption = "auto",
     verifier: VerifierOption = "match",
     max_new_tokens: MaxNewTokensOption = 128,
     temperature: TemperatureOption = 0.0,
@@ -139,8 +141,9 @@ def generate(
     loaded = load_model(model, dtype=dtype, device=device)
     assert loaded.tokenizer is not None  # load_model requires one
     engine = build_engine(
-        loaded.model, guesser, budget=budget, verifier=verifier, tokenizer=loaded.tokenizer, max_batch_size=1
-    )
+        loaded.model, guesser, budget=budget, verifier=verifier, tokenizer=loaded.tokenizer, max_batch_size=1,
+        overlap=overlap,
+    )  # fmt: skip
     if not ignore_eos:
         sampling = replace(sampling, stop_token_ids=loaded.eos_ids)
     request = Request("cli", _encode(loaded, words, chat=chat), sampling)

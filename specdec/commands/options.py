@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,6 +17,8 @@ __all__ = [
     "JsonOption",
     "MaxNewTokensOption",
     "ModelOption",
+    "OverlapName",
+    "OverlapOption",
     "SeedOption",
     "TemperatureOption",
     "TracesOption",
@@ -39,6 +41,14 @@ VerifierOption = Annotated[
         "--verifier",
         help="match: any drafter, the same text for a seed. chain, block, specinfer, rrsw, traversal: the same law, for"
         " drafters that state draft laws. typical: LOSSY.",
+    ),
+]
+OverlapName = Literal["auto", "off", "halves", "chunks"]
+OverlapOption = Annotated[
+    OverlapName,
+    typer.Option(
+        "--overlap",
+        help="Draft beside verification: for half of the batch, or behind chunks of a draft. auto: if it pays.",
     ),
 ]
 MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after that many tokens.")]

@@ -9,7 +9,7 @@ import typer
 
 from specdec.commands import printing
 from specdec.commands.loading import load_model
-from specdec.commands.options import BudgetOption, DeviceOption, DTypeOption
+from specdec.commands.options import BudgetOption, DeviceOption, DTypeOption, OverlapOption
 from specdec.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def serve(
     name: Annotated[str | None, typer.Option("--served-model-name", help="Model name of the API.")] = None,
     drafter: _Drafter = None,
     budget: BudgetOption = None,
+    overlap: OverlapOption = "auto",
     max_batch_size: Annotated[int, typer.Option("--max-batch-size", min=1, help="Most requests per step.")] = 16,
     max_in_flight: Annotated[
         int, typer.Option("--max-in-flight", min=1, help="More requests than this get status 429.")
@@ -101,7 +102,7 @@ def serve(
         loaded = load_model(model, dtype=dtype, device=device)
         engine = {
             "max_batch_size": max_batch_size, "max_length": max_length, "kv_tokens": kv_tokens,
-            "prefix_cache": prefix_cache, "costs": "measure",
+            "prefix_cache": prefix_cache, "costs": "measure", "overlap": overlap,
         }  # fmt: skip
         options = launch.ServerOptions(
             name=name or Path(model).name,

@@ -134,8 +134,7 @@ def run(
         max_new_tokens=max_new_tokens, calls=calls, per_episode=per_episode, max_prompt=max_prompt,
         max_response=max_response, seed=seed, temperature=temperature, top_p=top_p, held_out=held_out,
         train_calls=train_calls, chat_template=chat_template, concurrency=numbers("concurrency", concurrency, int),
-        keep_rows=not compact, slo_ms=slo_of(slo), strict=strict,
-        overlap=overlap,
+        keep_rows=not compact, slo_ms=slo_of(slo), strict=strict, overlap=overlap,
     )  # fmt: skip
     target, words = _target(is_simulated, model, shape, tokenizer, dtype, device)
     helper = None if assistant is None else load_model(assistant, dtype=dtype, device=device).model

@@ -3,8 +3,8 @@
     python -m specdec.bench.packed_speed --dtype bfloat16 --json bench/results/packed_speed_bfloat16.json
 
 All decode greedily behind the same prompt, in turn, in one process; a run's figure is the median gap between two of
-its tokens, as a streamer sees them, so each side's whole loop is in it. transformers' arms share one model, the engines
-have one each. After that, the cost of an engine step by the number of tokens in it: dense, packed, and packed with
+its tokens, as a streamer sees them, so each side's whole loop is in it. transformers' arms and the dense engine share
+one model, the other engines have one each. After that, the cost of an engine step by the number of tokens in it: dense, packed, and packed with
 strict numerics.
 """
 
@@ -136,7 +136,7 @@ def _compare(shape: str, dtype: str, num_prompt: int, num_new: int, repeats: int
         "budget": 0, "route": route, "kv_tokens": _MAX_LENGTH, "max_length": _MAX_LENGTH, "max_batch_size": 1,
     }  # fmt: skip
     with ExitStack() as stack:
-        dense = stack.enter_context(build_engine(copy.deepcopy(model), "none", packed=False, **options))
+        dense = stack.enter_context(build_engine(model, "none", packed=False, **options))
         own = copy.deepcopy(model)
         start = perf_counter()
         packed = stack.enter_context(build_engine(own, "none", packed=True, **options))

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from specdec.fused_norm import can_fuse, fused_rms_norm
+
 __all__ = ["gated", "rms_norm", "rotary_embedding", "rotate", "rotate_pairs", "spread_over_vocabulary"]
 
 _BY_LENGTH = ("dynamic", "longrope")  # scalings that follow the length of the text
@@ -14,6 +16,8 @@ _BY_LENGTH = ("dynamic", "longrope")  # scalings that follow the length of the t
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm of [..., D], its scale computed in float32."""
+    if weight.dim() == 1 and weight.dtype == torch.float32 and can_fuse(x):
+        return fused_rms_norm(x, weight, eps)
     wide = x.float()  # torch's own rms_norm takes several times as long for the few rows of a draft on a CPU
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return weight * (wide * scale).to(x.dtype)

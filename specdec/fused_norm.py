@@ -22,10 +22,13 @@ from torch import nn
 
 from specdec.stand_ins import StandIn, children, is_free
 
-__all__ = ["FusedNorm", "fuse_norms"]
+__all__ = ["FusedNorm", "can_fuse", "fuse_norms", "fused_rms_norm"]
 
 _Floats = npt.NDArray[np.float32]
 _TOLERANCE: Final = 16 * float(torch.finfo(torch.float32).eps)  # relative; sums are added in another order
+
+
+_NO_OFFSET: Final = np.float32(0.0)
 
 
 # Sums of several lanes: an order that follows from the width alone, and vector instructions.
@@ -56,19 +59,15 @@ class FusedNorm(StandIn):
         weight = norm.weight
         assert isinstance(weight, nn.Parameter)
         self.weight = weight
-        self._width = len(weight)
         self._array: _Floats = weight.detach().numpy()
         self._eps, self._offset = np.float32(eps), np.float32(offset)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[..., N] from x [..., N]; by the norm itself where x is no ordinary float32, or gradients are wanted."""
-        if args or kwargs or type(x) is not torch.Tensor or x.dtype != torch.float32 or _is_followed(x):
+        if args or kwargs or not can_fuse(x):
             out: torch.Tensor = self._hidden[0](x, *args, **kwargs)
             return out
-        out = torch.empty(x.shape, dtype=torch.float32)
-        rows = x.detach().numpy().reshape(-1, self._width)
-        _normalise(rows, self._array, self._eps, self._offset, out.numpy().reshape(-1, self._width))
-        return out
+        return _fuse(x, self._array, self._eps, self._offset)
 
 
 def fuse_norms(model: nn.Module, holder: Hashable) -> None:
@@ -88,10 +87,24 @@ def fuse_norms(model: nn.Module, holder: Hashable) -> None:
         fused.holders.add(holder)
 
 
-def _is_followed(x: torch.Tensor) -> bool:
-    """True if something other than values is wanted: gradients, or a record of the operations."""
+def can_fuse(x: torch.Tensor) -> bool:
+    """True if ``x`` is ordinary float32 on the CPU, and its values are all that is wanted: no gradients, no record."""
+    if type(x) is not torch.Tensor or x.dtype != torch.float32 or not x.is_cpu:
+        return False
     is_recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    return is_recorded or torch.is_grad_enabled() or not x.is_cpu
+    return not (is_recorded or torch.is_grad_enabled())
+
+
+def fused_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm of [..., N] that one ``can_fuse``, with a weight [N] float32 on the CPU."""
+    return _fuse(x, weight.detach().numpy(), np.float32(eps), _NO_OFFSET)
+
+
+def _fuse(x: torch.Tensor, weight: _Floats, eps: np.float32, offset: np.float32) -> torch.Tensor:
+    out = torch.empty(x.shape, dtype=torch.float32)
+    width = len(weight)
+    _normalise(x.detach().numpy().reshape(-1, width), weight, eps, offset, out.numpy().reshape(-1, width))
+    return out
 
 
 def _fused(norm: nn.Module) -> FusedNorm | None:

@@ -11,8 +11,9 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
+from specdec.drafters.decoder_parts import rms_norm
 from specdec.errors import UnsupportedError
-from specdec.fused_norm import FusedNorm, fuse_norms
+from specdec.fused_norm import FusedNorm, can_fuse, fuse_norms
 from specdec.stand_ins import let_go
 
 
@@ -84,6 +85,18 @@ def test_what_computes_something_else_stays(norm):
     model = nn.Sequential(norm)
     fuse_norms(model, "test")
     assert model[0] is norm
+
+
+@torch.no_grad()
+def test_heads_norms_are_the_same_within_rounding():
+    x, weight = rows(3, 5, 48), rows(48)
+    assert can_fuse(x)
+    exact = weight.double() * nn.functional.rms_norm(x.double(), (48,), eps=1e-5)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5).double(), exact, rtol=1e-6, atol=1e-7)
+    assert not can_fuse(x.double())
+    with torch.enable_grad():
+        assert not can_fuse(x)
+        assert rms_norm(x, weight.requires_grad_(), 1e-5).requires_grad
 
 
 @torch.no_grad()

@@ -4,8 +4,8 @@
 
 All decode greedily behind the same prompt, in turn, in one process; a run's figure is the median gap between two of
 its tokens, as a streamer sees them, so each side's whole loop is in it. transformers' arms and the dense engine share
-one model, the other engines have one each. After that, the cost of an engine step by the number of tokens in it: dense, packed, and packed with
-strict numerics.
+one model, the other engines have one each. After that, the cost of an engine step by the number of tokens in it: dense,
+packed, and packed with strict numerics.
 """
 
 from __future__ import annotations

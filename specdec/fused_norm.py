@@ -64,7 +64,7 @@ class FusedNorm(StandIn):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[..., N] from x [..., N]; by the norm itself where x is no ordinary float32, or gradients are wanted."""
-        if args or kwargs or not can_fuse(x):
+        if args or kwargs or not can_fuse(x) or x.shape[-1] != len(self._array):
             out: torch.Tensor = self._hidden[0](x, *args, **kwargs)
             return out
         return _fuse(x, self._array, self._eps, self._offset)

@@ -118,6 +118,14 @@ def test_a_norm_that_somebody_watches_stays():
 
 
 @torch.no_grad()
+def test_rows_of_another_width_are_the_norm_s_own_affair():
+    model = model_of(Qwen3RMSNorm(16))
+    fuse_norms(model, "test")
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        model(rows(2, 32))
+
+
+@torch.no_grad()
 def test_a_row_does_not_depend_on_how_many_there_are():
     model = model_of(Qwen3RMSNorm(100))
     fuse_norms(model, "test")

@@ -81,6 +81,7 @@ class StepBudget:
         self.speedup = 1.0  # of the engine over plain decoding, in the recent past
         self._num_rated = _FIRST_WEIGHT
         self._num_finished = 0
+        self._has_drafted = True  # in the last step: a plain one after it is rare, and all its times are kept
         self._draft_ms = np.inf  # for one request
         self._num_drafts = 0  # steps that drafted
         self._num_drafting = 0  # requests of this step
@@ -194,8 +195,9 @@ class StepBudget:
         for number, (part, ms) in enumerate(parts_ms.items()):
             # Parts take turns, the target gets every second one: books must not take longer than what they save.
             is_turn = self._num_finished % 2 == 0 if part == "target" else self._num_finished % len(parts_ms) == number
-            if is_turn or share or self._num_finished <= _FIRST_BOOKS:
+            if is_turn or (share and self._has_drafted) or self._num_finished <= _FIRST_BOOKS:
                 self.costs.tables[part].observe(tokens, self._context, self._requests, ms, share=share)
+        self._has_drafted = drafted > 0
         if not is_known:
             return
         spent, tokens_each = sum(parts_ms.values()), emitted / self._requests

@@ -159,18 +159,18 @@ def grow_likeliest(
             found = _blend(
                 own, tenant, contexts, node * 2 * MAX_ORDER, weights, open_tokens[count:], open_values[count:]
             )
-            for i in range(count, count + found):
-                open_parents[i] = node
-                open_values[i] *= values[node]
-            count += found
+            last = count + found
+            for i in range(count, last):
+                value = open_values[i] * values[node]
+                if value >= least:  # children are worth no more, so others never come to be looked at
+                    open_tokens[count], open_parents[count], open_values[count] = open_tokens[i], node, value
+                    count += 1
         if size > budget or count == 0:
             return size
         best = 0
         for i in range(1, count):
             if open_values[i] > open_values[best]:
                 best = i
-        if open_values[best] < least:
-            return size
         parent = open_parents[best]
         tree[0, size], tree[1, size], values[size] = open_tokens[best], parent, open_values[best]
         depths[size] = depths[parent] + 1

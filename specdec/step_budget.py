@@ -150,6 +150,12 @@ class StepBudget:
         The threshold of the last step is kept where it is about as good: sizes should not flutter.
         """
         costs, rate = self._step_ms(len(values)), self.costs.tokens_per_ms
+        size = self._steady_size(values, costs, rate)
+        if size:  # sources are charged what their nodes cost in this step, not what few nodes of some step would
+            self.costs.tokens_per_node = rate * float(costs[size] - costs[0]) / size
+        return size
+
+    def _steady_size(self, values: FloatArray, costs: npt.NDArray[np.float64], rate: float) -> int:
         size = choose_size(values, costs, rate)
         as_before = int(np.searchsorted(-values, -self._threshold, side="right"))
         better = float(values[as_before:size].sum() - values[size:as_before].sum())

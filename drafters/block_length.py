@@ -44,6 +44,9 @@ class LengthRule(Protocol):
     anticipates: bool
     mix: float
 
+    def may_draft(self, states: Sequence[RequestState]) -> list[bool]:
+        """For which requests a block is guessed at all; asked once for each step, before any guess."""
+
     def lengths(self, states: Sequence[RequestState], chains: Chains, chances: Chances) -> list[int]:
         """How many tokens of each of R chains are sent, 0 to all; ``chances`` is [R, K]."""
 
@@ -60,11 +63,18 @@ def require(ok: bool, name: str, rule: str, value: object) -> None:
         raise ConfigError(f"{name} must be {rule}, got {value}")
 
 
-class _Stateless:
-    """What rules share that learn nothing."""
+class _Always:
+    """What rules share that let every request draft in every step."""
 
     anticipates = False
     mix = 0.0
+
+    def may_draft(self, states: Sequence[RequestState]) -> list[bool]:
+        return [True] * len(states)
+
+
+class _Stateless(_Always):
+    """What rules share that learn nothing."""
 
     def observe(self, events: Sequence[StepEvent]) -> None:
         """Nothing to learn."""
@@ -144,7 +154,7 @@ class ChunkLength(_Stateless):
         return _leading(chances >= self._at)
 
 
-class EmaLength:
+class EmaLength(_Always):
     """Follows moving averages of what a request drafted and what was accepted (DiffuSpec, arXiv 2510.02358).
 
     ``n = clip(floor(drafted) + step * [accepted >= drafted], low, high)`` with both averages over past steps.
@@ -158,9 +168,6 @@ class EmaLength:
     Raises:
         ConfigError: an option is outside its rule.
     """
-
-    anticipates = False
-    mix = 0.0
 
     def __init__(self, low: int = 2, high: int = 30, step: int = 2, decay: float = 0.5) -> None:
         require(low >= 1, "low", ">= 1", low)

@@ -1,4 +1,8 @@
-"""The draft lengths that bring the most tokens per second, from chances and measured times (DSpark, algorithm 1)."""
+"""The draft lengths that bring the most tokens per second, from chances and measured times (DSpark, algorithm 1).
+
+Length 0 is one of them. Where it is the best one for a request, the guess was in vain, and guessing costs as much as a
+good part of a step of a small target. So a request may rest: no block is guessed for it until its turn comes again.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from specdec.cost_model import CostTable
+from specdec.draft_turns import DraftTurns
 from specdec.drafters.block_guesses import Chains
-from specdec.drafters.block_length import Chances
+from specdec.drafters.block_length import Chances, require
 from specdec.types import RequestState, StepEvent
 
 __all__ = ["ThroughputLength"]
 
-_NEWEST = 0.1  # share of a new observation in the time of a draft
-_OUTLIER = 4.0  # a draft that took so many times the average was disturbed
+_EACH = 0.5  # what a further request adds to a draft for one, before any was measured
 
 
 class ThroughputLength:
@@ -27,32 +31,57 @@ class ThroughputLength:
     Args:
         lookahead: 1: take the best of all numbers of tokens, not the first one that the next token does not improve;
             better where times have steps. It anticipates: ``a`` of a later token depends on the earlier ones.
+        rest: 1: a request whose blocks bring less than the time of guessing them would elsewhere rests, as
+            ``DraftTurns`` has it, and costs no guess meanwhile. It looks at past drafts alone and anticipates nothing.
+
+    Raises:
+        ConfigError: an option is neither 0 nor 1.
     """
 
     mix = 0.0
 
-    def __init__(self, lookahead: int = 0) -> None:
+    def __init__(self, lookahead: int = 0, rest: int = 0) -> None:
+        require(lookahead in (0, 1), "lookahead", "0 or 1", lookahead)
+        require(rest in (0, 1), "rest", "0 or 1", rest)
         self.anticipates = bool(lookahead)
+        self._turns = DraftTurns() if rest else None
         self._target = CostTable()
-        self._draft_ms: float | None = None
+        self._draft = CostTable(slope=_EACH)  # by requests that are drafted for
+        self._num_requests = 0  # of this step
+        self._num_drafting = 0
+
+    def may_draft(self, states: Sequence[RequestState]) -> list[bool]:
+        self._num_requests, self._num_drafting = len(states), 0
+        if self._turns is None:
+            return [True] * len(states)
+        if len(self._turns) > 2 * len(states) + 64:
+            self._turns.keep({state.request_id for state in states})
+        return [self._turns.may_draft(state.request_id) for state in states]
 
     def lengths(self, states: Sequence[RequestState], chains: Chains, chances: Chances) -> list[int]:
-        num_requests, whole = chances.shape
-        if self._draft_ms is None:
-            return [whole] * num_requests
+        self._num_drafting, whole = chances.shape
+        if not self._draft.is_measured:
+            return [whole] * len(states)
         reach = chances.cumprod(axis=1)  # [R, K]
         order = np.argsort(-reach, axis=None, kind="stable")  # a prefix comes before what follows it
         context = float(np.mean([state.num_tokens for state in states]))
-        costs = self._draft_ms + self._target.curve(num_requests + np.arange(len(order) + 1), context, num_requests)
-        tokens = num_requests + np.concatenate([[0.0], reach.ravel()[order].cumsum()])
-        rates = tokens / costs
+        num_requests = max(self._num_requests, len(states))  # those that rest take part in the target's step
+        target_ms = self._target.curve(num_requests + np.arange(len(order) + 1), context, num_requests)
+        draft_ms = self._draft.at(len(states), context, 1)
+        rates = (num_requests + np.concatenate([[0.0], reach.ravel()[order].cumsum()])) / (draft_ms + target_ms)
         if self.anticipates:
             count = int(rates.argmax())
         else:
             worse = np.flatnonzero(rates[1:] <= rates[:-1])
             count = int(worse[0]) if len(worse) else len(order)
-        lengths: list[int] = np.bincount(order[:count] // whole, minlength=num_requests).tolist()
-        return lengths
+        lengths = np.bincount(order[:count] // whole, minlength=len(states))
+        if self._turns is not None:
+            rate = max(float(rates[count]), num_requests / float(target_ms[0]))
+            each = rate * float(target_ms[count] - target_ms[0]) / max(count, 1)
+            gains = [float(row[:length].sum()) - each * length for row, length in zip(reach, lengths, strict=True)]
+            for state, gain in zip(states, gains, strict=True):
+                self._turns.note(state.request_id, gain, rate * draft_ms / len(states))
+        return [int(length) for length in lengths]
 
     def observe(self, events: Sequence[StepEvent]) -> None:
         if not events:
@@ -61,12 +90,9 @@ class ThroughputLength:
         tokens = sum(len(event.tree) for event in events)
         context = float(np.mean([event.trace.position for event in events]))
         self._target.observe(tokens, context, len(events), trace.target_ms + trace.verify_ms + trace.commit_ms)
-        if all(event.tree.num_draft_tokens == 0 for event in events):
-            return  # a prompt's own step, or one without a budget
-        if self._draft_ms is None:
-            self._draft_ms = trace.draft_ms
-        new = min(trace.draft_ms, _OUTLIER * self._draft_ms)
-        self._draft_ms += _NEWEST * (new - self._draft_ms)
+        num_drafting = max(self._num_drafting, sum(event.tree.num_draft_tokens > 0 for event in events))
+        if num_drafting:
+            self._draft.observe(num_drafting, context, 1, trace.draft_ms)
 
     def stop(self, request_ids: Sequence[str]) -> None:
-        """Nothing is held of a request."""
+        """Nothing is held of a request but its turn, which is forgotten in time."""

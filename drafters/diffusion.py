@@ -98,7 +98,8 @@ class DiffusionDrafter:
     @torch.inference_mode()
     def propose(self, states: Sequence[RequestState], budgets: Sequence[int]) -> list[DraftTree]:
         trees = [DraftTree.root_only(int(state.token_ids[-1])) for state in states]
-        served = self._scorer.read(states, budgets)
+        wanted = [budget * may for budget, may in zip(budgets, self.rule.may_draft(states), strict=True)]
+        served = self._scorer.read(states, wanted)
         rows = self._scorer.guess([states[row] for row in served])
         served = served[: len(rows)]
         if served:

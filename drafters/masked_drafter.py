@@ -71,7 +71,10 @@ class MaskedLmDrafter:
 
     @torch.inference_mode()
     def propose(self, states: Sequence[RequestState], budgets: Sequence[int]) -> list[DraftTree]:
-        return [self._propose(state, budget) for state, budget in zip(states, budgets, strict=True)]
+        return [
+            self._propose(state, budget * self.rule.may_draft([state])[0])
+            for state, budget in zip(states, budgets, strict=True)
+        ]
 
     def observe(self, events: Sequence[StepEvent]) -> None:
         self.rule.observe(events)

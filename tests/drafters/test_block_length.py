@@ -12,7 +12,7 @@ import pytest
 from specdec.build import build_engine
 from specdec.cost_model import TOKENS, CostTable
 from specdec.drafters.block_guesses import Chains
-from specdec.drafters.block_length import ChunkLength, EmaLength, LengthRule, ThresholdLength
+from specdec.drafters.block_length import ChunkLength, EmaLength, FixedLength, LengthRule, ThresholdLength
 from specdec.drafters.block_throughput import ThroughputLength
 from specdec.drafters.diffusion import DiffusionDrafter
 from specdec.drafters.diffusion_files import read_diffusion_files
@@ -34,6 +34,9 @@ class Cheat:
     anticipates = True
     mix = 0.0
 
+    def may_draft(self, states: Sequence[RequestState]) -> list[bool]:
+        return [True] * len(states)
+
     def lengths(self, states: Sequence[RequestState], chains: Chains, chances: Any) -> list[int]:
         return [int((row % 3 != 0).cumprod().sum()) for row in chains.token_ids]
 
@@ -48,6 +51,7 @@ RULES: dict[str, dict[str, Any]] = {
     "threshold, own": {"at": 0.02, "own": 1},
     "throughput": {},
     "throughput, ahead": {"lookahead": 1},
+    "throughput, resting": {"rest": 1},
     "chunk": {"size": 2, "at": 0.4},
     "ema": {"low": 1},
     "apd": {"mix": 0.5},
@@ -138,7 +142,7 @@ def observe(rule: Any, state: RequestState, tokens: int, ms: float, accepted: in
 
 def know(rule: ThroughputLength, ms: Callable[[int], float]) -> None:
     """As if the times of steps were known: 0.5 ms for a draft, ``ms`` of the tokens for the rest."""
-    rule._draft_ms = 0.5
+    rule._draft = CostTable(np.full((8, 5, len(TOKENS)), 0.5))
     rule._target = CostTable(np.broadcast_to([ms(tokens) for tokens in TOKENS], (8, 5, len(TOKENS))))
 
 
@@ -176,7 +180,7 @@ def test_throughput_sends_what_is_worth_its_time_over_all_requests() -> None:
     rule = ThroughputLength()
     assert lengths(rule, [[0.1, 0.1, 0.1]]) == [3]  # no time known yet
     observe(rule, state, 3, 2.0)
-    assert rule._draft_ms == 0.5
+    assert rule._draft.at(1, state.num_tokens, 1) == pytest.approx(0.5, rel=0.01)
     assert rule._target.at(3, state.num_tokens, 1) == pytest.approx(2.0, rel=0.01)
     know(rule, lambda tokens: 1.0 * tokens)
     # A draft costs 0.5, a token 1: 1 / 1.5 = .67, 1.9 / 2.5 = .76, 2.71 / 3.5 = .77, 3.11 / 4.5 = .69
@@ -187,6 +191,56 @@ def test_throughput_sends_what_is_worth_its_time_over_all_requests() -> None:
     assert lengths(steps, [[0.55, 0.99, 0.99]]) == [3]  # past a step that one token alone is not worth
 
 
+def test_a_request_whose_guesses_do_not_pay_rests_and_is_asked_again() -> None:
+    """One request is sure of its blocks, the other is not: it is by their own chances that they rest."""
+    rule = ThroughputLength(rest=1)
+    know(rule, lambda tokens: 1.0 + 0.01 * tokens)
+    states = [RequestState(Request(name, PROMPTS[0], SamplingParams())) for name in ("sure", "unsure")]
+    chances = {"sure": [0.95, 0.95, 0.95], "unsure": [0.1, 0.1, 0.1]}
+    asked = {name: 0 for name in chances}
+    for _ in range(60):
+        drafting = [state for state, may in zip(states, rule.may_draft(states), strict=True) if may]
+        if drafting:
+            given = np.array([chances[state.request_id] for state in drafting])
+            found = rule.lengths(drafting, chains_of(given, given, given > 0, np.ones_like(given)), given)
+            assert all(length == 3 for length, state in zip(found, drafting, strict=True) if state is states[0])
+        for state in drafting:
+            asked[state.request_id] += 1
+    assert asked["sure"] == 60
+    assert 2 <= asked["unsure"] <= 30
+    patient = ThroughputLength()
+    assert patient.may_draft(states) == [True, True]
+
+
+class EveryFifth(FixedLength):
+    """Lets requests draft in every fifth step; counts the steps."""
+
+    num_asked = 0
+
+    def may_draft(self, states: Sequence[RequestState]) -> list[bool]:
+        self.num_asked += 1
+        return [self.num_asked % 5 == 0] * len(states)
+
+
+def test_a_resting_request_costs_no_guess_and_misses_nothing(
+    target: Any, head: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While all rest the head makes no pass; of the same text it then guesses what it would have guessed anyway."""
+    rule = EveryFifth()
+    drafter = DiffusionDrafter(head, vocab_size=VOCAB_SIZE, rule=rule)
+    run_head, passes = drafter._scorer._run, list[int]()
+    monkeypatch.setattr(drafter._scorer, "_run", lambda growths: passes.append(rule.num_asked) or run_head(growths))
+    _, rested = run(target, drafter, PROMPTS[:1], 24)
+    assert passes
+    assert all(step % 5 == 0 for step in passes)
+    _, always = run(target, DiffusionDrafter(head, vocab_size=VOCAB_SIZE), PROMPTS[:1], 24)
+    guesses = {len(text): tree.token_ids.tolist() for text, tree in always.seen}
+    same = [tree.token_ids.tolist() == guesses[len(text)] for text, tree in rested.seen
+            if tree.num_draft_tokens > 1 and len(text) in guesses]  # fmt: skip
+    assert len(same) > 1
+    assert all(same)
+
+
 def test_bad_options_are_named() -> None:
     for name, options, message in (
         ("threshold", {"at": 1.5}, r"at must be in \[0, 1\], got 1.5"),
@@ -194,6 +248,7 @@ def test_bad_options_are_named() -> None:
         ("ema", {"decay": 1.0}, r"decay must be in \[0, 1\), got 1.0"),
         ("apd", {"mix": 0.0}, r"mix must be in \(0, 1\), got 0.0"),
         ("fixed", {"length": -1}, "length must be >= 0, got -1"),
+        ("throughput", {"rest": 2}, "rest must be 0 or 1, got 2"),
         ("best", {}, "rule must be one of fixed, threshold, throughput, chunk, ema, apd, got 'best'"),
     ):
         with pytest.raises(ConfigError, match=message):

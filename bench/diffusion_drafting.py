@@ -5,8 +5,8 @@
 
 Greedy continuations of held-out code, and held-out edits. ``lengths`` counts steps and reads no clock: acceptance
 lengths, the difference between the two heads prompt by prompt, and the calibration of the confidences, fitted on some
-prompts and judged on others; ``--save-calibration`` puts the temperatures beside the head. ``speed`` decodes one
-request at a time, all arms interleaved in one process.
+prompts and judged on others; ``--save-calibration`` puts the temperatures beside the head. ``speed`` decodes
+``--batch`` requests at a time, all arms interleaved in one process; a fixed arm sends as many tokens for all of them.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ _TINY = Path(__file__).parent / "tiny"
 _TRAINED = Path(__file__).parent / "tiny_drafters"
 _RULES = {
     "threshold .4": "rule=threshold&at=0.4",
-    "threshold .6": "rule=threshold&at=0.6",
     "throughput": "rule=throughput",
-    "throughput, looking ahead": "rule=throughput&lookahead=1",
+    "throughput, resting": "rule=throughput&rest=1",
     "ema": "rule=ema&low=1",
 }
 _RESAMPLES = 10_000
@@ -69,12 +68,13 @@ def measure(
     *,
     num_new: int,
     repeats: int,
+    batch: int = 1,
     clock: Callable[[], float] = perf_counter,
 ) -> dict[str, dict[str, Any]]:
     """Acceptance length and tokens per second of every arm, and its speed over plain decoding, round by round."""
     sampling = SamplingParams(max_new_tokens=num_new)
     engines = {
-        name: build_engine(model, drafter, tokenizer=tokenizer, budget=16, max_batch_size=1)
+        name: build_engine(model, drafter, tokenizer=tokenizer, budget=16, max_batch_size=batch)
         for name, drafter in arms.items()
     }
     counts: dict[str, tuple[int, int, int]] = {}
@@ -225,17 +225,18 @@ def speed(
     new_tokens: NewTokens = 64,
     repeats: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 5,
     threads: Threads = 2,
+    batch: Annotated[int, typer.Option(help="Requests side by side.", min=1)] = 1,
     processor_time: Annotated[
         bool, typer.Option("--processor-time", help="On a busy machine, with one thread.")
     ] = False,
 ) -> None:
-    """Tokens per second of every length rule and every fixed length, one request at a time."""
+    """Tokens per second of every length rule and every fixed length."""
     if processor_time and threads > 1:
         raise typer.BadParameter(f"--processor-time needs --threads 1, got {threads}")
     model, tokenizer = _loaded(threads)
     depth = load_diffusion(head, model, None, None).head.config.num_guesses  # type: ignore[attr-defined]
-    kinds = {"code": _code(tokenizer, 0, num_prompts), "edits": _edits(tokenizer, 0, num_prompts)}
-    kinds["both"] = [*kinds["code"], *kinds.pop("edits")]
+    code, edits = _code(tokenizer, 0, num_prompts), _edits(tokenizer, 0, num_prompts)
+    kinds = {"code": code, "both": [prompt for pair in zip(code, edits, strict=True) for prompt in pair]}
     found = {}
     for name, prompts in kinds.items():
         rows = measure(
@@ -245,17 +246,22 @@ def speed(
             prompts,
             num_new=new_tokens,
             repeats=repeats,
+            batch=batch,
             clock=process_time if processor_time else perf_counter,
         )
         found[name] = {"arms": rows, "against_best_fixed": against_best_fixed(rows)}
         for arm, row in rows.items():
             typer.echo(f"{name}, {arm}: {row['acceptance_length']:.2f}, {row['tokens_per_second']:.0f} tokens/s")
         typer.echo(f"{name}: {found[name]['against_best_fixed']}")
-    what = "length rules of a block-diffusion head, bundled model, greedy, float32, one request at a time"
+    what = "length rules of a block-diffusion head, bundled model, greedy, float32"
     clock = "processor" if processor_time else "wall"
     write_json(
-        json_file, {"what": what, "clock": clock, "prompts": num_prompts, "new_tokens": new_tokens, "texts": found}
-    )
+        json_file,
+        {
+            "what": what, "clock": clock, "prompts": num_prompts, "new_tokens": new_tokens, "batch": batch,
+            "texts": found,
+        },
+    )  # fmt: skip
 
 
 def _loaded(threads: int) -> tuple[Any, Any]:

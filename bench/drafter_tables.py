@@ -117,9 +117,9 @@ def diffusion_speed_table(result: Mapping[str, Any]) -> str:
     lines: list[str] = []
     unit = "tokens per processor second" if result["clock"] == "processor" else "tokens/s"
     for text, found in result["texts"].items():
-        best = found["against_best_fixed"]["best_fixed"]
+        best, name = found["against_best_fixed"]["best_fixed"], f"{text}, batch {result['batch']}"
         lines += [
-            f"| {text} | acceptance length | drafted a step | {unit} | against {best} (range) |",
+            f"| {name} | acceptance length | drafted a step | {unit} | against {best} (range) |",
             "|---|---|---|---|---|",
         ]
         for arm, row in found["arms"].items():

@@ -380,6 +380,7 @@ _TABLES: Mapping[str, Callable[[Path], str]] = {
     "diffusion_lengths": _of_drafters("diffusion_drafting", diffusion_lengths_table),
     "diffusion_calibration": _of_drafters("diffusion_drafting", calibration_table),
     "diffusion_speed": _of_drafters("diffusion_speed", diffusion_speed_table),
+    "diffusion_speed_batch": _of_drafters("diffusion_speed_batch", diffusion_speed_table),
     "tiny_drafters": _tiny_drafters,
 }
 

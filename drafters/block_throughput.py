@@ -7,11 +7,11 @@ good part of a step of a small target. So a request may rest: no block is guesse
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from specdec.cost_model import CostTable
-from specdec.draft_turns import DraftTurns
 from specdec.drafters.block_guesses import Chains
 from specdec.drafters.block_length import Chances, require
 from specdec.types import RequestState, StepEvent
@@ -19,6 +19,31 @@ from specdec.types import RequestState, StepEvent
 __all__ = ["ThroughputLength"]
 
 _EACH = 0.5  # what a further request adds to a draft for one, before any was measured
+_NEWEST = 0.5  # share of a new block in what a request's blocks are worth
+_MOST_REST = 32  # steps
+_LIKELY = 0.5  # a trial sends the tokens that are accepted as likely as not
+_TRIAL_SHARE = 0.5  # of its times in what steps of its size are believed to take
+
+
+@dataclass(slots=True)
+class _Turn:
+    """When a request is guessed for: at once, and after every block in vain twice as many steps later.
+
+    Its first blocks follow each other closely: an answer that copies may begin with a few words of its own.
+    """
+
+    worth: float = 0.0  # tokens above the price of a guess, of its recent blocks
+    rest: int = 0
+    left: int = 0  # steps
+
+    def comes(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+    def note(self, surplus: float) -> None:
+        self.worth = self.worth + _NEWEST * (surplus - self.worth) if self.worth > 0 else surplus
+        self.rest = 0 if self.worth > 0 else min(max(2 * self.rest, 1), _MOST_REST)
+        self.left = self.rest
 
 
 class ThroughputLength:
@@ -31,8 +56,10 @@ class ThroughputLength:
     Args:
         lookahead: 1: take the best of all numbers of tokens, not the first one that the next token does not improve;
             better where times have steps. It anticipates: ``a`` of a later token depends on the earlier ones.
-        rest: 1: a request whose blocks bring less than the time of guessing them would elsewhere rests, as
-            ``DraftTurns`` has it, and costs no guess meanwhile. It looks at past drafts alone and anticipates nothing.
+        rest: 1: a request whose blocks bring less than the time of guessing them would elsewhere rests for 1, 2, 4 ...
+            32 steps, and costs no guess meanwhile (the back-off of Cascade, arXiv 2506.20675, by request). It looks at
+            past blocks alone and anticipates nothing. The first block after a rest sends what is likely whatever the
+            times say, and renews them: a size that was slow once would else never be tried again.
 
     Raises:
         ConfigError: an option is neither 0 nor 1.
@@ -44,19 +71,23 @@ class ThroughputLength:
         require(lookahead in (0, 1), "lookahead", "0 or 1", lookahead)
         require(rest in (0, 1), "rest", "0 or 1", rest)
         self.anticipates = bool(lookahead)
-        self._turns = DraftTurns() if rest else None
+        self._rests = bool(rest)
+        self._turns: dict[str, _Turn] = {}
         self._target = CostTable()
         self._draft = CostTable(slope=_EACH)  # by requests that are drafted for
+        self._trials: set[str] = set()  # who is guessed for in this step, after a rest or for the first time
         self._num_requests = 0  # of this step
         self._num_drafting = 0
 
     def may_draft(self, states: Sequence[RequestState]) -> list[bool]:
         self._num_requests, self._num_drafting = len(states), 0
-        if self._turns is None:
+        if not self._rests:
             return [True] * len(states)
-        if len(self._turns) > 2 * len(states) + 64:
-            self._turns.keep({state.request_id for state in states})
-        return [self._turns.may_draft(state.request_id) for state in states]
+        turns = [self._turns.setdefault(state.request_id, _Turn()) for state in states]
+        may = [turn.comes() for turn in turns]
+        ready = zip(states, turns, may, strict=True)
+        self._trials = {state.request_id for state, turn, comes in ready if comes and turn.worth <= 0}
+        return may
 
     def lengths(self, states: Sequence[RequestState], chains: Chains, chances: Chances) -> list[int]:
         self._num_drafting, whole = chances.shape
@@ -75,12 +106,15 @@ class ThroughputLength:
             worse = np.flatnonzero(rates[1:] <= rates[:-1])
             count = int(worse[0]) if len(worse) else len(order)
         lengths = np.bincount(order[:count] // whole, minlength=len(states))
-        if self._turns is not None:
+        if self._rests:
             rate = max(float(rates[count]), num_requests / float(target_ms[0]))
             each = rate * float(target_ms[count] - target_ms[0]) / max(count, 1)
-            gains = [float(row[:length].sum()) - each * length for row, length in zip(reach, lengths, strict=True)]
-            for state, gain in zip(states, gains, strict=True):
-                self._turns.note(state.request_id, gain, rate * draft_ms / len(states))
+            for state, row, length in zip(states, reach, lengths.tolist(), strict=True):
+                surplus = float(row[:length].sum()) - each * length - rate * draft_ms / len(states)
+                self._turns.setdefault(state.request_id, _Turn()).note(surplus)
+            likely = (reach >= _LIKELY).sum(axis=1)
+            is_trial = np.array([state.request_id in self._trials for state in states])
+            lengths = np.where(is_trial, np.maximum(lengths, likely), lengths)
         return [int(length) for length in lengths]
 
     def observe(self, events: Sequence[StepEvent]) -> None:
@@ -89,10 +123,13 @@ class ThroughputLength:
         trace = events[0].trace  # times are of the whole step
         tokens = sum(len(event.tree) for event in events)
         context = float(np.mean([event.trace.position for event in events]))
-        self._target.observe(tokens, context, len(events), trace.target_ms + trace.verify_ms + trace.commit_ms)
+        share = _TRIAL_SHARE if self._num_drafting and self._trials else 0.0
+        target_ms = trace.target_ms + trace.verify_ms + trace.commit_ms
+        self._target.observe(tokens, context, len(events), target_ms, share=share)
         num_drafting = max(self._num_drafting, sum(event.tree.num_draft_tokens > 0 for event in events))
         if num_drafting:
-            self._draft.observe(num_drafting, context, 1, trace.draft_ms)
+            self._draft.observe(num_drafting, context, 1, trace.draft_ms, share=share)
 
     def stop(self, request_ids: Sequence[str]) -> None:
-        """Nothing is held of a request but its turn, which is forgotten in time."""
+        for request_id in request_ids:
+            self._turns.pop(request_id, None)

@@ -58,6 +58,6 @@ def test_rules_stand_against_the_best_fixed_length():
     row = {"acceptance_length": 1.5, "drafted_per_step": 2.0, "tokens_per_second": 99.6}
     ratio = {"median": 1.01, "least": 0.99, "greatest": 1.2}
     found = {"arms": {"fixed 2": row, "ema": row}, "against_best_fixed": {"best_fixed": "fixed 2", "ema": ratio}}
-    table = diffusion_speed_table({"clock": "wall", "texts": {"code": found}})
-    assert "| code | acceptance length | drafted a step | tokens/s | against fixed 2 (range) |" in table
+    table = diffusion_speed_table({"clock": "wall", "batch": 1, "texts": {"code": found}})
+    assert "| code, batch 1 | acceptance length | drafted a step | tokens/s | against fixed 2 (range) |" in table
     assert "| fixed 2 | 1.50 | 2.00 | 100 |  |\n| ema | 1.50 | 2.00 | 100 | 1.010 (0.990 to 1.200) |" in table

@@ -132,11 +132,11 @@ def test_whether_a_token_is_sent_depends_on_it_or_later_ones_only_where_the_rule
     assert bool(broken) == rule_of(name).anticipates
 
 
-def observe(rule: Any, state: RequestState, tokens: int, ms: float, accepted: int = 0) -> None:
+def observe(rule: Any, state: RequestState, tokens: int, ms: float, accepted: int = 0, times: int = 20) -> None:
     tree = DraftTree.chain(0, list(range(1, tokens)))
     trace = StepTrace("r", 1, state.num_tokens, tokens - 1, accepted, accepted + 1, 1, 0.5, ms, 0.0, 0.0)
     ids = np.arange(accepted, dtype=np.int32)
-    for _ in range(20):
+    for _ in range(times):
         rule.observe([StepEvent(state, tree, VerifyResult(ids, ids, 0), None, 0, ids, trace)])  # type: ignore[arg-type]
 
 
@@ -208,8 +208,20 @@ def test_a_request_whose_guesses_do_not_pay_rests_and_is_asked_again() -> None:
             asked[state.request_id] += 1
     assert asked["sure"] == 60
     assert 2 <= asked["unsure"] <= 30
-    patient = ThroughputLength()
-    assert patient.may_draft(states) == [True, True]
+    assert ThroughputLength().may_draft(states) == [True, True]
+
+
+def test_a_size_that_was_slow_once_is_measured_again() -> None:
+    """Times of a disturbed start must not keep a sure draft from being sent for ever."""
+    rule = ThroughputLength(rest=1)
+    know(rule, lambda tokens: 1.0 if tokens == 1 else 8.0)
+    state, sure = RequestState(Request("r0", PROMPTS[0], SamplingParams())), [[0.95, 0.95, 0.95]]
+    sent = []
+    for _ in range(40):
+        found = lengths(rule, sure)[0] if rule.may_draft([state])[0] else 0
+        observe(rule, state, found + 1, 1.1 if found else 1.0, times=1)
+        sent.append(found)
+    assert sent[-10:] == [3] * 10
 
 
 class EveryFifth(FixedLength):

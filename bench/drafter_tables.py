@@ -117,7 +117,7 @@ def diffusion_speed_table(result: Mapping[str, Any]) -> str:
     lines: list[str] = []
     unit = "tokens per processor second" if result["clock"] == "processor" else "tokens/s"
     for text, found in result["texts"].items():
-        best, name = found["against_best_fixed"]["best_fixed"], f"{text}, batch {result['batch']}"
+        best, name = found["against_best_fixed"]["best_fixed"], f"{text}, batch {result.get('batch', 1)}"
         lines += [
             f"| {name} | acceptance length | drafted a step | {unit} | against {best} (range) |",
             "|---|---|---|---|---|",

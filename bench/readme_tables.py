@@ -349,7 +349,6 @@ def _in_minutes(requests: list[list[Any]], start: int, end: int) -> str:
 _TABLES: Mapping[str, Callable[[Path], str]] = {
     "capture_overhead": _capture_overhead,
     "adaptive_agents": _of_drafters("adaptive_agents", adaptive_speed_table),
-    "adaptive_together": _of_drafters("adaptive_together", adaptive_speed_table),
     "adaptive_controls": _of_drafters("adaptive_controls", adaptive_speed_table),
     "adaptive_paper": _of_drafters("adaptive_paper", adaptive_speed_table),
     "adaptive_reliability": _of_drafters("adaptive_agents", reliability_table),

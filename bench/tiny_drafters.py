@@ -71,6 +71,7 @@ def _arms(folder: Path) -> dict[str, dict[str, Any]]:
             "eagle3, chain of 5": {"drafter": f"{head}&top_k=1&depth=5", "budget": 5},
             "eagle3, tree of 16": {"drafter": f"{head}&top_k=4&depth=6", "budget": 16},
             "eagle3, tree of 59": {"drafter": f"{head}&top_k=10&depth=8", "budget": 59},
+            "eagle3, tree of 59, 14 deep": {"drafter": f"{head}&top_k=10&depth=14", "budget": 59},
         }
     if (folder / "dspark").is_dir():
         block = f"diffusion:{folder / 'dspark'}"

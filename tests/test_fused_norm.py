@@ -129,6 +129,7 @@ def test_rows_of_another_width_are_the_norm_s_own_affair():
 def test_a_row_does_not_depend_on_how_many_there_are():
     model = model_of(Qwen3RMSNorm(100))
     fuse_norms(model, "test")
+    assert isinstance(model[0], FusedNorm)
     x = rows(70, 100)
     alone = torch.cat([model(row[None]) for row in x])
     for first in range(0, 70, 9):

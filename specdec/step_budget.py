@@ -78,6 +78,8 @@ class StepBudget:
         self.floor = Floor(floor)
         self.turns = DraftTurns()
         self.probes = PlainProbes()
+        self.doubts = PlainProbes()  # the same for sizes that are thought to be dear
+        self._is_doubt = False  # this step is larger than believed best
         self.speedup = 1.0  # of the engine over plain decoding, in the recent past
         self._num_rated = _FIRST_WEIGHT
         self._num_finished = 0
@@ -150,10 +152,24 @@ class StepBudget:
         The threshold of the last step is kept where it is about as good: sizes should not flutter.
         """
         costs, rate = self._step_ms(len(values)), self.costs.tokens_per_ms
-        size = self._steady_size(values, costs, rate)
+        size = self._doubtful_size(values, costs, self._steady_size(values, costs, rate), rate)
         if size:  # sources are charged what their nodes cost in this step, not what few nodes of some step would
             self.costs.tokens_per_node = rate * float(costs[size] - costs[0]) / size
         return size
+
+    def _doubtful_size(self, values: FloatArray, costs: npt.NDArray[np.float64], size: int, rate: float) -> int:
+        """Now and then up to twice ``size``, as if further tokens cost what those up to there do.
+
+        A size that is thought to be dear is never verified: nothing else would correct a table that is wrong there.
+        """
+        self._is_doubt = False
+        if not size or self._prefill or not self.doubts.is_due(self._requests, self._context):
+            return size
+        most = min(2 * size, len(values))
+        each = float(costs[size] - costs[0]) / size
+        further = choose_size(values[size:most], each * np.arange(most - size + 1), rate)
+        self._is_doubt = further > 0
+        return size + further
 
     def _steady_size(self, values: FloatArray, costs: npt.NDArray[np.float64], rate: float) -> int:
         size = choose_size(values, costs, rate)
@@ -197,6 +213,8 @@ class StepBudget:
         tokens, share = self._requests + self._prefill + drafted, 0.0
         if tokens == self._requests:
             share = self.probes.seen(self._requests, self._context)
+        elif self._is_doubt:
+            share, self._is_doubt = self.doubts.seen(self._requests, self._context), False
         self._num_finished += 1
         for number, (part, ms) in enumerate(parts_ms.items()):
             # Parts take turns, the target gets every second one: books must not take longer than what they save.

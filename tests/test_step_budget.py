@@ -119,6 +119,23 @@ def test_a_wrong_price_of_plain_steps_is_found_though_drafting_always_pays(wrong
         assert costs.step_ms(tokens, 300.0, 16) == pytest.approx(truth.step_ms(tokens, 300.0, 16), rel=0.1)
 
 
+def test_a_size_that_is_wrongly_thought_dear_is_tried_again() -> None:
+    truth = costs_of(1, 0.5, base=30.0)
+    costs = CostModel.of_dict(truth.as_dict())
+    costs.tables["target"].ms[:, :, TOKENS.index(32) :] += 12.0  # as if seen on a disturbed machine
+    budget, sizes = StepBudget(costs), []
+    for _ in range(300):
+        most = budget.begin(16, 300.0, 0, 64)
+        size = budget.choose(np.full(16, 0.6, np.float32)) if most else 0
+        sizes.append(size)
+        if size:
+            budget.judge([str(i) for i in range(16)], [0.6] * 16, [size // 16] * 16)
+        budget.finish(16 + int(0.6 * size), size, {"target": truth.step_ms(16 + size, 300.0, 16)})
+    assert max(sizes[:5]) < 16
+    assert sum(size == 16 for size in sizes[200:]) > 90
+    assert costs.step_ms(32, 300.0, 16) == pytest.approx(truth.step_ms(32, 300.0, 16), rel=0.1)
+
+
 def test_the_guard_pauses_longer_each_time_and_comes_back() -> None:
     floor, pauses = Floor(), list[int]()
     for _ in range(4):

@@ -143,6 +143,8 @@ class FusedDrafter:
     def propose(self, states: Sequence[RequestState], budgets: Sequence[int]) -> list[DraftTree]:
         roots = [DraftTree.root_only(int(state.token_ids[-1])) for state in states]
         wanted = [row for row, budget in enumerate(budgets) if budget > 0]
+        if not wanted and not self.needs.hidden_layers:
+            return self._rest(states, roots)
         step = _Step(states, budgets, [[root] * len(self._sources) for root in roots])
         cheap = [source for source in self._sources if not self._is_costly(source)]
         for source in cheap:
@@ -156,6 +158,14 @@ class FusedDrafter:
             pending = self._pending[state.request_id] = step.pending[row]
             trees.append(roots[row] if pending.merged is None else pending.merged.best(budget))
         return trees
+
+    def _rest(self, states: Sequence[RequestState], roots: list[DraftTree]) -> list[DraftTree]:
+        """Nobody is drafted for: such a step should cost what a plain one does."""
+        for source in self._sources:
+            source.is_asked = False
+        for state in states:
+            self._pending.pop(state.request_id, None)
+        return roots
 
     def _is_costly(self, source: _Source) -> bool:
         """True if one request's draft costs as much as a good part of a token: then others are heard first."""

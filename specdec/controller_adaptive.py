@@ -74,6 +74,7 @@ class AdaptiveController:
             gap = 1e3 * (self._clock() - self._observed_at)
             self._host_ms = gap if gap < _GAP_MS else 0.0
         if not states:
+            self._planned = []
             return []
         context = sum(state.num_tokens for state in states) / len(states)
         most = self.budget.begin(len(states), context, load.num_prefill_tokens, self._max_budget)
@@ -83,7 +84,8 @@ class AdaptiveController:
         return [most if planned else 0 for planned in self._planned]
 
     def admit(self, states: Sequence[RequestState], trees: Sequence[DraftTree]) -> Sequence[DraftTree]:
-        if not trees:
+        if all(len(tree) == 1 for tree in trees):  # many requests rest: their steps should cost what plain ones do
+            self._judge_empty(states)
             return trees
         values = [self._weight(state) * self._worths(tree)[1:] for state, tree in zip(states, trees, strict=True)]
         flat = np.concatenate(values)
@@ -103,6 +105,12 @@ class AdaptiveController:
         if judged:
             self.budget.judge(*zip(*judged, strict=True))
         return admitted
+
+    def _judge_empty(self, states: Sequence[RequestState]) -> None:
+        """Who was asked and had no draft."""
+        asked = [state.request_id for state, planned in zip(states, self._planned, strict=True) if planned]
+        if asked:
+            self.budget.judge(asked, [0.0] * len(asked), [0] * len(asked))
 
     def _worths(self, tree: DraftTree) -> FloatArray:
         """[N] float32, in tokens."""

@@ -110,7 +110,7 @@ class StepBudget:
         if shape != self._shape or self._age >= _KEEP:
             self._shape, self._age = shape, 0
             self._price(most)
-        costs, self._num_drafting = self.costs, 0
+        costs, self._num_drafting, self._is_doubt = self.costs, 0, False
         costs.tokens_per_ms = self.speedup * num_requests / max(self._plain_ms, 1e-9)
         costs.tokens_per_node = costs.tokens_per_ms * self._node_ms
         if not self.floor.may_draft() or (num_prefill == 0 and self.probes.is_due(num_requests, context)):

@@ -4,9 +4,10 @@
 
 Recorded answers are forced onto a model with random weights, so all arms write the same text and only time differs.
 Arms take turns step by step, in one process. Stores know the half of the episodes that is not
-measured, and every arm has served some calls of the other half. ``NAME@8`` drafts exactly eight tokens wherever that
-drafter finds as many: its own rules of stopping are off. ``NAME~8`` keeps them and drafts at most eight: a harder
-rival, for it is adaptive by itself. The lengths that are timed are those that are best on the simulated clock
+measured, and every arm has served some calls of the other half. ``NAME@8`` drafts eight tokens one after the other
+wherever that drafter finds as many, its own rules of stopping off: a fixed length. Two harder rivals adapt by
+themselves: ``NAME=8`` drafts the eight nodes that it believes in most, as a tree, and ``NAME~8`` at most eight, as its
+own rules have it. The lengths that are timed are those that are best on the simulated clock
 (``specdec.bench.paper_speed``), which tries more of them. Decoding speed leaves the
 prompt's time out: where requests run alone, from the first token to the last; with several at a time, the steps in
 which all of them decode.
@@ -119,7 +120,7 @@ def build_arms(names: Sequence[str], model: Any, stores: Path, concurrency: int)
     make = partial(build_engine, model, route=route, kv_tokens=concurrency * 1400, costs="measure")
     for name in names:
         told = ArmName.of(name)
-        guesser = "none" if told.base == "plain" else partial(make_drafter, told.base, stores, is_fixed=told.is_fixed)
+        guesser = "none" if told.base == "plain" else partial(make_drafter, told.base, stores, form=told.form)
         arms.append(EngineArm(name, make, guesser, budget=told.budget, concurrency=concurrency))
     return arms
 
@@ -258,9 +259,9 @@ def main() -> None:
     parser.add_argument("--agent-concurrency", default="1,16")
     parser.add_argument("--concurrency", default="1,2,4,8,16,32", help="of the controls")
     parser.add_argument(
-        "--alone", default="suffix@4,ppm@4,suffix~8", help="single drafters that agents' calls alone are timed by"
+        "--alone", default="suffix@6,ppm@8,ppm=8,suffix~8", help="single drafters that agents' calls alone are timed by"
     )
-    parser.add_argument("--together", default="suffix@1,ppm@1,suffix~2", help="and several at a time")
+    parser.add_argument("--together", default="suffix@1,ppm@1,ppm@2,ppm=2,suffix~2", help="and several at a time")
     parser.add_argument("--model", default="small", help=f"the target: small, or {', '.join(SHAPES)}")
     parser.add_argument("--dtype", default="float32", help="of its random weights")
     parser.add_argument("--clock", default="cpu", choices=("cpu", "wall"))

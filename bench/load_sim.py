@@ -159,11 +159,7 @@ class _Replica:
         chosen = order[: self._budget.choose(flat[order]) if len(flat) else 0]
         owner = np.repeat(drafted, [len(own) for own in bounded])
         sizes: list[int] = np.bincount(owner[chosen], minlength=len(decoding)).tolist()
-        self._budget.judge(
-            [names[row] for row in drafted],
-            [float(own[: sizes[row]].sum()) for row, own in zip(drafted, bounded, strict=True)],
-            [sizes[row] for row in drafted],
-        )
+        self._budget.judge([names[row] for row in drafted], bounded)
         if len(turns) > 4 * len(names) + 64:
             turns.keep(set(names))
         return sizes, len(drafted)

@@ -35,17 +35,18 @@ from specdec.controller_adaptive import AdaptiveController
 from specdec.cost_model import CostModel, line_of
 from specdec.drafters.fusion import FusedDrafter
 from specdec.engine import Engine
-from specdec.protocols import Drafter
+from specdec.protocols import Drafter, PrunesDrafts
 from specdec.types import Chunk, DraftTree, RequestState, StepEvent, TargetOutput
 
 __all__ = ["PaperClock", "PricedDrafter", "PricedTarget", "main", "paper_engine"]
 
-# Lengths that may be the best: long ones where requests run alone, short ones where many share a step. Exact ones (@),
-# and most ones of drafters that stop by rules of their own (~).
-ALONE = ("suffix@3", "suffix@4", "suffix@8", "suffix@16", "ppm@3", "ppm@4", "ppm@8", "ppm@16", "lookahead@4",
-         "lookahead@8", "ngram@4", "ngram@8", "suffix~4", "suffix~8", "suffix~16", "ppm~4", "ppm~8")  # fmt: skip
-TOGETHER = ("suffix@1", "suffix@2", "suffix@4", "ppm@1", "ppm@2", "ppm@4", "lookahead@2", "ngram@2",
-            "suffix~1", "suffix~2", "ppm~2")  # fmt: skip
+# Sizes that may be the best: large ones where requests run alone, small ones where many share a step. Chains (@), trees
+# (=), and most nodes of drafters that stop by rules of their own (~).
+ALONE = ("suffix@3", "suffix@4", "suffix@6", "suffix@8", "ppm@3", "ppm@4", "ppm@6", "ppm@8", "ngram@4", "ngram@8",
+         "suffix=4", "suffix=8", "ppm=4", "ppm=8", "ppm=16", "lookahead=4", "lookahead=8", "suffix~4", "suffix~8",
+         "suffix~16", "ppm~4", "ppm~8")  # fmt: skip
+TOGETHER = ("suffix@1", "suffix@2", "suffix@3", "ppm@1", "ppm@2", "ppm@3", "ngram@2", "suffix=2", "ppm=2", "ppm=3",
+            "lookahead=2", "suffix~1", "suffix~2", "ppm~2")  # fmt: skip
 # Milliseconds of a call and of each of its requests, on one core.
 PRICES = {"suffix": (0.05, 0.12), "lookahead": (0.02, 0.06), "ngram": (0.02, 0.02), "ppm": (0.05, 0.12)}
 
@@ -83,6 +84,16 @@ class PricedDrafter:
 
     def __init__(self, inner: Drafter, prices: tuple[float, float], clock: PaperClock) -> None:
         self.inner, self.needs, self._prices, self._clock = inner, inner.needs, prices, clock
+
+    @property
+    def min_value(self) -> float:
+        """The inner drafter's."""
+        return getattr(self.inner, "min_value", 0.0)
+
+    @min_value.setter
+    def min_value(self, value: float) -> None:
+        if isinstance(self.inner, PrunesDrafts):
+            self.inner.min_value = value
 
     def start(self, states: Sequence[RequestState]) -> None:
         self.inner.start(states)
@@ -154,7 +165,7 @@ def _drafter(told: ArmName, stores: Path, clock: PaperClock) -> Drafter:
         return FusedDrafter(
             [(part, PricedDrafter(single_drafter(part, stores), PRICES[part], clock)) for part in FUSED]
         )
-    drafter = single_drafter(told.base, stores, is_fixed=told.is_fixed)
+    drafter = single_drafter(told.base, stores, form=told.form)
     return PricedDrafter(drafter, PRICES[told.base], clock)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from specdec.cost_model import CostModel
 from specdec.drafters.acceptance import MAX_SOURCES, AcceptanceModel, MergedTree, ReliabilityBin
 from specdec.errors import ConfigError
-from specdec.protocols import Drafter, DrafterNeeds
+from specdec.protocols import Drafter, DrafterNeeds, PrunesDrafts
 from specdec.types import DraftTree, RequestState, StepEvent
 
 __all__ = ["FusedDrafter"]
@@ -34,6 +34,9 @@ _TRIALS = 24  # steps that a source is always asked at first
 _FIRST_CALLS = 8
 _OUTLIER = 4.0  # a call that took so many times what was expected was disturbed, and counts as this much
 _MAX_PAUSE = 256  # steps
+# Sources leave out nodes that are worth less than this share of what verifying one costs: what nobody would verify only
+# spoils the calibration. No source sees far below the second number.
+_HOPELESS, _LEAST_VALUE = 0.5, 0.005
 _COSTLY = 0.1  # tokens: a source that costs less per request is asked before it is known what the others say
 
 
@@ -52,6 +55,15 @@ class _Source:
     is_asked: bool = False  # in this step
     resting: int = 0  # steps until it is tried again
     pause: int = 1
+    _min_value: float = field(init=False)  # its own rule
+
+    def __post_init__(self) -> None:
+        self._min_value = self.drafter.min_value if isinstance(self.drafter, PrunesDrafts) else 0.0
+
+    def prune(self, price: float) -> None:
+        """Let the drafter see smaller chances than it would where verifying a node costs few tokens."""
+        if price > 0 and isinstance(self.drafter, PrunesDrafts):
+            self.drafter.min_value = min(self._min_value, max(_HOPELESS * price, _LEAST_VALUE))
 
     def note_time(self, num_requests: int, ms: float) -> None:
         """One call took ``ms``; the share per request is told from calls of different sizes."""
@@ -182,6 +194,7 @@ class FusedDrafter:
             return False
         asked = set(rows)
         begin = perf_counter()
+        source.prune(self.costs.tokens_per_node)
         made = source.drafter.propose(
             [step.states[row] for row in shown], [step.budgets[row] if row in asked else 0 for row in shown]
         )

@@ -50,7 +50,7 @@ class LookaheadDrafter(TrieDrafter):
         super().__init__(store, branch_length + max_query)
         self._branch_length = branch_length
         self._max_query = max_query
-        self._min_value = float(min_value)
+        self.min_value = float(min_value)
 
     def _memory(self, tenant: str) -> BranchMemory:
         return self.store.branches(tenant, self._depth)
@@ -68,7 +68,7 @@ class LookaheadDrafter(TrieDrafter):
         for query in range(min(self._max_query, len(token_ids)), 0, -1):
             size = grow_branches(
                 live.own.header, live.memory.trie.header, token_ids[-self._max_query :], query, budget,
-                self._min_value, rates, tree, values,
+                self.min_value, rates, tree, values,
             )  # fmt: skip
             if best is None or size > best[0].shape[1]:
                 best = (tree[:, :size].copy(), values[:size].copy())

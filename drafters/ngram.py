@@ -135,7 +135,7 @@ class NgramDrafter:
         self._min_n = min_n
         self._num_orders = max_n - min_n + 1
         self._max_depth = max_draft_tokens
-        self._min_value = float(min_value)
+        self.min_value = float(min_value)
         self._limits = (max_candidates, max_branches)
         self._indexes: dict[str, _Index] = {}
         self._rates: OrderedDict[str, _Rates] = OrderedDict()  # by tenant, the one that was served last at the end
@@ -162,7 +162,7 @@ class NgramDrafter:
                 continue
             token_ids = self._catch_up(index, state)
             copies = find_copies(token_ids, index.previous, self._min_n, self._limits)
-            limits = (int(budget), self._max_depth, self._min_value)
+            limits = (int(budget), self._max_depth, self.min_value)
             nodes, values = grow_tree(token_ids, copies, limits, index.rates.values)
             if nodes.shape[1] > 1:
                 index.drafted = nodes
@@ -200,7 +200,7 @@ class NgramDrafter:
         index = _Index(_Rates(), self._num_orders, len(text))
         extend(text, 0, self._min_n, index.latest, index.previous)
         copies = find_copies(text, index.previous, self._min_n, self._limits)
-        nodes, _ = grow_tree(text, copies, (1, self._max_depth, self._min_value), index.rates.values)
+        nodes, _ = grow_tree(text, copies, (1, self._max_depth, self.min_value), index.rates.values)
         index.rates.count(nodes, text[:1])
 
     def _catch_up(self, index: _Index, state: RequestState) -> npt.NDArray[np.int32]:

@@ -28,20 +28,29 @@ class PpmDrafter(TrieDrafter):
     Args:
         max_depth: longest path below the root, in tokens, from 1 to 256.
         min_value: nodes whose path has a smaller chance are not drafted, in [0, 1].
+        as_tree: draft trees; False: the likeliest token at each place only.
         store: where outputs are kept; a private one if None. Several drafters and engines may share a store.
 
     Raises:
         ConfigError: an option is outside its rule.
     """
 
-    def __init__(self, *, max_depth: int = 16, min_value: float = 0.05, store: RetrievalStore | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        max_depth: int = 16,
+        min_value: float = 0.05,
+        as_tree: bool = True,
+        store: RetrievalStore | None = None,
+    ) -> None:
         if not 1 <= max_depth <= 256:
             raise ConfigError(f"max_depth must be in [1, 256], got {max_depth}")
         if not 0 <= min_value <= 1:
             raise ConfigError(f"min_value must be in [0, 1], got {min_value}")
         super().__init__(store, _DEPTH)
         self._max_depth = max_depth
-        self._min_value = float(min_value)
+        self.min_value = float(min_value)
+        self._as_tree = as_tree
 
     def _memory(self, tenant: str) -> BranchMemory:
         return self.store.contexts(tenant)
@@ -55,8 +64,8 @@ class PpmDrafter(TrieDrafter):
         tree = np.empty((2, budget + 1), np.int32)
         values = np.empty(budget + 1, np.float32)
         size = grow_likeliest(
-            live.own.header, live.memory.trie.header, token_ids, budget, self._max_depth, self._min_value,
-            live.memory.rates, tree, values,
+            live.own.header, live.memory.trie.header, token_ids, budget, self._max_depth, self.min_value,
+            self._as_tree, live.memory.rates, tree, values,
         )  # fmt: skip
         return DraftTree(tree[0, :size], tree[1, :size], values[:size])
 
@@ -67,4 +76,4 @@ class PpmDrafter(TrieDrafter):
         memory = RetrievalStore().contexts("")
         learn_escapes(own.header, memory.trie.header, text, 3, memory.tries, memory.hits)
         tree, values = np.empty((2, 3), np.int32), np.empty(3, np.float32)
-        grow_likeliest(own.header, memory.trie.header, text, 2, 2, 0.0, memory.rates, tree, values)
+        grow_likeliest(own.header, memory.trie.header, text, 2, 2, 0.0, True, memory.rates, tree, values)

@@ -47,7 +47,7 @@ class SuffixDrafter:
             raise ConfigError("give a store or max_bytes, not both")
         self.needs = DrafterNeeds()
         self.store = store or (RetrievalStore() if max_bytes is None else RetrievalStore(max_bytes=max_bytes))
-        self._threshold = float(threshold)
+        self.min_value = float(threshold)
         self._as_tree = as_tree
         self._caching = caching
         self._live: dict[str, tuple[RequestState, int]] = {}  # and how many of its tokens the cache has
@@ -77,7 +77,7 @@ class SuffixDrafter:
             ids.append(request_id)
             new_ids.append(state.token_ids[self._live[request_id][1] :])
             self._live[request_id] = (state, state.num_tokens)
-        drafts = self.store.suffix.step(ids, new_ids, budgets, threshold=self._threshold, as_tree=self._as_tree)
+        drafts = self.store.suffix.step(ids, new_ids, budgets, threshold=self.min_value, as_tree=self._as_tree)
         offsets = drafts.offsets.tolist()
         trees = []
         for state, first, last in zip(states, offsets, offsets[1:], strict=False):

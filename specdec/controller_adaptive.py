@@ -24,6 +24,7 @@ __all__ = ["AdaptiveController"]
 _NO_VALUE = 0.5  # of a path per token, for drafters that state no values
 _MAX_WEIGHT = 4.0  # of a request that is late, over one that is in time
 _LATE_SHARE = 0.1  # of the newest step in a request's lateness
+_NOTHING = np.empty(0, np.float32)
 _GAP_MS = 100.0  # a longer pause between two steps is not the host's work
 
 
@@ -85,7 +86,7 @@ class AdaptiveController:
 
     def admit(self, states: Sequence[RequestState], trees: Sequence[DraftTree]) -> Sequence[DraftTree]:
         if all(len(tree) == 1 for tree in trees):  # many requests rest: their steps should cost what plain ones do
-            self._judge_empty(states)
+            self._judge(states, [_NOTHING] * len(states))
             return trees
         values = [self._weight(state) * self._worths(tree)[1:] for state, tree in zip(states, trees, strict=True)]
         flat = np.concatenate(values)
@@ -94,23 +95,19 @@ class AdaptiveController:
             order = np.argsort(-flat, kind="stable")
             chosen[order[self.budget.choose(flat[order]) :]] = False
         admitted, first = [], 0
-        judged: list[tuple[str, float, int]] = []  # of requests that might draft
-        for state, tree, own, planned in zip(states, trees, values, self._planned, strict=True):
+        for tree, own in zip(trees, values, strict=True):
             kept = chosen[first : first + len(own)]
             first += len(own)
             size = int(np.count_nonzero(kept))
             admitted.append(tree if size == len(own) else tree.subtree(np.flatnonzero(np.append(True, kept))))
-            if planned:
-                judged.append((state.request_id, float(own[kept].sum()), size))
-        if judged:
-            self.budget.judge(*zip(*judged, strict=True))
+        self._judge(states, values)
         return admitted
 
-    def _judge_empty(self, states: Sequence[RequestState]) -> None:
-        """Who was asked and had no draft."""
-        asked = [state.request_id for state, planned in zip(states, self._planned, strict=True) if planned]
+    def _judge(self, states: Sequence[RequestState], values: Sequence[FloatArray]) -> None:
+        """Of those that might draft."""
+        asked = [row for row, planned in enumerate(self._planned) if planned]
         if asked:
-            self.budget.judge(asked, [0.0] * len(asked), [0] * len(asked))
+            self.budget.judge([states[row].request_id for row in asked], [values[row] for row in asked])
 
     def _worths(self, tree: DraftTree) -> FloatArray:
         """[N] float32, in tokens."""

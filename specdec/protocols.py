@@ -12,7 +12,9 @@ from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from specdec.types import Chunk, DraftTree, RequestState, StepEvent, TargetOutput, VerifyResult
 
-__all__ = ["Controller", "Drafter", "DrafterNeeds", "Draws", "Load", "Observer", "TargetModel", "Verifier"]
+__all__ = [
+    "Controller", "Drafter", "DrafterNeeds", "Draws", "Load", "Observer", "PrunesDrafts", "TargetModel", "Verifier",
+]  # fmt: skip
 
 # How the tokens of a tree were drawn from the laws that it states; siblings stand in the order of their draws.
 Draws: TypeAlias = Literal["chain", "with_replacement", "without_replacement"]
@@ -64,6 +66,17 @@ class Drafter(Protocol):
 
     def stop(self, request_ids: Sequence[str]) -> None:
         """Forget requests, finished or cancelled; their text may be learned from."""
+
+
+@runtime_checkable
+class PrunesDrafts(Protocol):
+    """A drafter that leaves out nodes that it believes in too little; others may say where that begins.
+
+    Attributes:
+        min_value: nodes whose path has a smaller chance are not drafted, in [0, 1].
+    """
+
+    min_value: float
 
 
 @runtime_checkable

@@ -93,6 +93,7 @@ class StepBudget:
         self._shape, self._age, self._most = (0, 0, 0), 0, 0  # what the prices below are for, and of which age
         self._curve = np.empty(0)  # [n + 1] milliseconds of this step with 0 to n draft tokens, as long as was asked
         self._plain_ms, self._node_ms = 0.0, 0.0
+        self._bulk_ms = 0.0  # a draft token where they are cheapest: among as many as all requests may have
         self._attainable = attainable_speedups(0.0)  # speed-up by the chance of the next token
 
     def begin(self, num_requests: int, context: float, num_prefill: int, most: int) -> int:
@@ -131,7 +132,8 @@ class StepBudget:
             beside = self.costs.step_curve(sizes + self._prefill, self._context, self._requests)
             self._curve = beside[0] + np.maximum(beside - beside[0], alone - alone[0])
         few = min(_FEW, most) * self._requests
-        self._node_ms = float(self._curve[few] - self._curve[0]) / max(few, 1)
+        each = (self._curve[1 : few + 1] - self._curve[0]) / np.arange(1, few + 1)
+        self._node_ms, self._bulk_ms = (float(each[-1]), float(each.min())) if few else (0.0, 0.0)
         self._attainable = attainable_speedups(self._node_ms * self._requests / max(self._plain_ms, 1e-9))
 
     def worths(self, parents: IntArray, values: FloatArray) -> FloatArray:
@@ -181,22 +183,24 @@ class StepBudget:
         self._threshold = float(values[size - 1]) if size else _NO_NODE
         return size
 
-    def judge(self, request_ids: Sequence[str], expected: Sequence[float], chosen: Sequence[int]) -> None:
-        """Tell the turns what the drafts of this step are worth.
+    def judge(self, request_ids: Sequence[str], worths: Sequence[FloatArray]) -> None:
+        """Tell the turns what the drafts of this step are worth, verified or not.
+
+        Whether draft tokens pay is often decided by how many there are: the first ones beyond what a kernel takes at
+        once are dear, the next ones cheap. So a draft is held against the price at which all requests together could
+        have theirs. At the price of this step, whoever drafts alone would not pay, and all would rest for ever.
 
         Args:
             request_ids: those that were drafted for.
-            expected: tokens that the chosen nodes of each are expected to bring.
-            chosen: how many they are.
+            worths: of the draft tokens of each, in tokens.
         """
         self._num_drafting = len(request_ids)
-        rate, size = self.costs.tokens_per_ms, sum(chosen)
         if self._num_drafts < _FIRST_DRAFTS:
             return
-        costs = self._step_ms(size)
-        each = rate * float(costs[-1] - costs[0]) / max(size, 1)
-        for request_id, tokens, count in zip(request_ids, expected, chosen, strict=True):
-            self.turns.note(request_id, tokens - each * count, rate * self._draft_ms)
+        rate = self.costs.tokens_per_ms
+        for request_id, own in zip(request_ids, worths, strict=True):
+            surplus = float(np.maximum(own - rate * self._bulk_ms, 0.0).sum())
+            self.turns.note(request_id, surplus, rate * self._draft_ms)
 
     def finish(self, emitted: int, drafted: int, parts_ms: dict[str, float]) -> None:
         """A step is over.

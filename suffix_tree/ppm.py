@@ -124,8 +124,8 @@ def _blend(
 
 @kernel
 def grow_likeliest(
-    own: Int64Array, tenant: Int64Array, text: Int32Array, budget: int, depth: int, least: float, weights: FloatArray,
-    tree: Int32Array, values: FloatArray,
+    own: Int64Array, tenant: Int64Array, text: Int32Array, budget: int, depth: int, least: float, as_tree: bool,
+    weights: FloatArray, tree: Int32Array, values: FloatArray,
 ) -> int:  # fmt: skip
     """The likeliest nodes behind a text, best first.
 
@@ -136,6 +136,7 @@ def grow_likeliest(
         budget: most nodes.
         depth: longest path.
         least: no node whose path has a smaller chance.
+        as_tree: False: one child a node, the likeliest.
         weights: [PPM_CELLS] float32: the chance that a context of each class has seen its next token.
         tree: [2, budget + 1] int32 out: tokens and parents; column 0 is the root.
         values: [budget + 1] float32 out: chances of the paths.
@@ -155,6 +156,8 @@ def grow_likeliest(
     count, size = 0, 1
     while True:
         node = size - 1
+        if not as_tree:
+            count = 0
         if depths[node] < depth:
             found = _blend(
                 own, tenant, contexts, node * 2 * MAX_ORDER, weights, open_tokens[count:], open_values[count:]

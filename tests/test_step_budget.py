@@ -112,7 +112,7 @@ def test_a_wrong_price_of_plain_steps_is_found_though_drafting_always_pays(wrong
         size = budget.choose(values) if most else 0
         num_plain += size == 0
         if size:
-            budget.judge([str(i) for i in range(16)], [0.9] * 16, [size // 16] * 16)
+            budget.judge([str(i) for i in range(16)], [np.full(size // 16, 0.9, np.float32)] * 16)
         budget.finish(16 + int(0.9 * size), size, {"target": truth.step_ms(16 + size, 300.0, 16)})
     assert num_plain < 25
     for tokens in (16, 32):
@@ -129,7 +129,7 @@ def test_a_size_that_is_wrongly_thought_dear_is_tried_again() -> None:
         size = budget.choose(np.full(16, 0.6, np.float32)) if most else 0
         sizes.append(size)
         if size:
-            budget.judge([str(i) for i in range(16)], [0.6] * 16, [size // 16] * 16)
+            budget.judge([str(i) for i in range(16)], [np.full(size // 16, 0.6, np.float32)] * 16)
         budget.finish(16 + int(0.6 * size), size, {"target": truth.step_ms(16 + size, 300.0, 16)})
     assert max(sizes[:5]) < 16
     assert sum(size == 16 for size in sizes[200:]) > 90
@@ -185,3 +185,24 @@ def test_plain_steps_are_asked_for_ever_more_seldom_and_by_batch_size() -> None:
     assert not any(probes.is_due(16, 200.0) for _ in range(6))
     assert probes.is_due(16, 200.0)
     assert probes.seen(32, 200.0) > probes.seen(32, 200.0)  # the first is believed most
+
+
+def test_requests_that_only_pay_together_are_drafted_for_again_after_a_lull() -> None:
+    """The first draft tokens of a step are dear, the next ones cheap: who is tried alone never pays."""
+    steps = {16: 33.0, 24: 42.0, 32: 48.0, 48: 55.0, 64: 69.0, 128: 122.0}
+    row = np.interp(TOKENS, list(steps), list(steps.values()))
+    costs = CostModel({"target": CostTable(np.broadcast_to(row, (len(BATCHES), len(CONTEXTS), len(TOKENS))).copy())})
+    budget, drafting = StepBudget(costs), []
+    for step in range(1200):
+        most = budget.begin(16, 300.0, 0, 8)
+        turns = [str(i) for i in range(16) if most and budget.turns.may_draft(str(i))]
+        own = np.array([0.9, 0.75] if step > 300 else [0.1], np.float32)
+        flat = -np.sort(-np.tile(own, len(turns)))
+        size = budget.choose(flat) if turns else 0
+        if turns:
+            budget.judge(turns, [own] * len(turns))
+        drafting.append(len(turns))
+        brought = 16 + float(flat[:size].sum())
+        budget.finish(round(brought), size, {"draft": 0.15 * len(turns), "target": costs.step_ms(16 + size, 300.0, 16)})
+    assert np.mean(drafting[200:300]) < 4
+    assert np.mean(drafting[-200:]) > 14

@@ -118,7 +118,7 @@ def test_a_first_draft_that_compiles_does_not_stop_drafting() -> None:
         if most and budget.turns.may_draft("r"):
             num_drafted += 1
             size = budget.choose(np.full(4, 0.5, np.float32))
-            budget.judge(["r"], [0.5 * size], [size])
+            budget.judge(["r"], [np.full(4, 0.5, np.float32)])
             budget.finish(2, size, {"draft": 800.0 if step < 2 else 0.2, "target": 10.5})
         else:
             budget.finish(1, 0, {"target": 10.1})

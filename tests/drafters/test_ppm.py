@@ -64,7 +64,7 @@ def test_the_law_is_the_blend_of_all_contexts() -> None:
         own, other = CountTrie(MAX_ORDER + 1, 4096), CountTrie(MAX_ORDER + 1, 64)
         own.append(own.new_windows(), text)
         tree, values = np.empty((2, 9), np.int32), np.empty(9, np.float32)
-        size = grow_likeliest(own.header, other.header, text, 8, 1, 0.0, weights, tree, values)
+        size = grow_likeliest(own.header, other.header, text, 8, 1, 0.0, True, weights, tree, values)
         found = dict(zip(tree[0, 1:size].tolist(), values[1:size].tolist(), strict=True))
         law = naive_law(text.tolist(), weights)
         assert found == pytest.approx({t: p for t, p in law.items() if t in found}, rel=1e-3)
@@ -76,6 +76,13 @@ def test_an_unsure_text_has_second_guesses() -> None:
     tree = draft(PpmDrafter(min_value=0.0), [1, 2, 9, 1, 2, 9, 1, 3, 8, 1], 6)
     first = [int(tree.token_ids[node]) for node in range(1, len(tree)) if tree.parents[node] == 0]
     assert first == [2, 3]  # twice against once
+
+
+def test_a_chain_is_the_likeliest_token_at_each_place() -> None:
+    text = [1, 2, 9, 1, 2, 9, 1, 3, 8, 1]
+    chain = draft(PpmDrafter(min_value=0.0, as_tree=False), text, 4)
+    assert chain.parents.tolist() == [-1, 0, 1, 2, 3]
+    assert chain.token_ids.tolist() == [1, 2, 9, 1, 2]
 
 
 def test_a_copy_is_followed_to_the_depth_and_within_the_budget() -> None:

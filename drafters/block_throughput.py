@@ -21,6 +21,7 @@ __all__ = ["ThroughputLength"]
 _EACH = 0.5  # what a further request adds to a draft for one, before any was measured
 _NEWEST = 0.5  # share of a new block in what a request's blocks are worth
 _MOST_REST = 32  # steps
+_REST_FOR_TRIAL = 8.0  # a first trial that brings nothing is followed by a rest of so many times its own time
 _LIKELY = 0.5  # a trial sends the tokens that are accepted as likely as not
 _TRIAL_SHARE = 0.5  # of its times in what steps of its size are believed to take
 
@@ -29,7 +30,8 @@ _TRIAL_SHARE = 0.5  # of its times in what steps of its size are believed to tak
 class _Turn:
     """When a request is guessed for: at once, and after every block in vain twice as many steps later.
 
-    Its first blocks follow each other closely: an answer that copies may begin with a few words of its own.
+    The dearer a block beside a step, the longer the first rest: a large target hardly feels a trial, and asks again in
+    the next step; a small one takes as long for a step as its head for a block.
     """
 
     worth: float = 0.0  # tokens above the price of a guess, of its recent blocks
@@ -40,9 +42,14 @@ class _Turn:
         self.left -= 1
         return self.left < 0
 
-    def note(self, surplus: float) -> None:
+    @property
+    def is_near(self) -> bool:
+        """Half of the rest is over."""
+        return 2 * self.left < self.rest
+
+    def note(self, surplus: float, first_rest: int) -> None:
         self.worth = self.worth + _NEWEST * (surplus - self.worth) if self.worth > 0 else surplus
-        self.rest = 0 if self.worth > 0 else min(max(2 * self.rest, 1), _MOST_REST)
+        self.rest = 0 if self.worth > 0 else min(max(2 * self.rest, first_rest), _MOST_REST)
         self.left = self.rest
 
 
@@ -51,15 +58,17 @@ class ThroughputLength:
 
     All tokens of all requests are sorted by the chance ``a`` that their whole prefix is accepted, and added while
     ``(requests + sum of a) / (draft time + target time of so many tokens)`` grows (arXiv 2607.05147, algorithm 1). The
-    times are measured in every step; until the first one the whole block is sent.
+    times are measured in every step that reads no prompt; until the first one the whole block is sent.
 
     Args:
         lookahead: 1: take the best of all numbers of tokens, not the first one that the next token does not improve;
             better where times have steps. It anticipates: ``a`` of a later token depends on the earlier ones.
-        rest: 1: a request whose blocks bring less than the time of guessing them would elsewhere rests for 1, 2, 4 ...
-            32 steps, and costs no guess meanwhile (the back-off of Cascade, arXiv 2506.20675, by request). It looks at
-            past blocks alone and anticipates nothing. The first block after a rest sends what is likely whatever the
-            times say, and renews them: a size that was slow once would else never be tried again.
+        rest: 1: a request whose blocks bring less than the time of guessing them would elsewhere rests, and costs no
+            guess meanwhile: at first for some times the time of the block, then for twice as long each time, at most 32
+            steps (the back-off of Cascade, arXiv 2506.20675, by request). A pass that only tries serves all who have
+            half of their rest behind them. It looks at past blocks alone and anticipates nothing. The first block after
+            a rest sends what is likely whatever the times say, and renews them: a size that was slow once would else
+            never be tried again.
 
     Raises:
         ConfigError: an option is neither 0 nor 1.
@@ -78,13 +87,17 @@ class ThroughputLength:
         self._trials: set[str] = set()  # who is guessed for in this step, after a rest or for the first time
         self._num_requests = 0  # of this step
         self._num_drafting = 0
+        self._reads_prompts = False
 
     def may_draft(self, states: Sequence[RequestState]) -> list[bool]:
         self._num_requests, self._num_drafting = len(states), 0
+        self._reads_prompts = any(state.request_id not in self._turns for state in states)
+        turns = [self._turns.setdefault(state.request_id, _Turn()) for state in states]
         if not self._rests:
             return [True] * len(states)
-        turns = [self._turns.setdefault(state.request_id, _Turn()) for state in states]
         may = [turn.comes() for turn in turns]
+        if any(may) and not any(turn.worth > 0 for turn in turns):
+            may = [comes or turn.is_near for comes, turn in zip(may, turns, strict=True)]
         ready = zip(states, turns, may, strict=True)
         self._trials = {state.request_id for state, turn, comes in ready if comes and turn.worth <= 0}
         return may
@@ -107,27 +120,34 @@ class ThroughputLength:
             count = int(worse[0]) if len(worse) else len(order)
         lengths = np.bincount(order[:count] // whole, minlength=len(states))
         if self._rests:
+            is_trial = np.array([state.request_id in self._trials for state in states])
             rate = max(float(rates[count]), num_requests / float(target_ms[0]))
             each = rate * float(target_ms[count] - target_ms[0]) / max(count, 1)
+            trial_steps = float(is_trial.mean()) * draft_ms / float(target_ms[0])
+            price = rate * draft_ms / len(states)
             for state, row, length in zip(states, reach, lengths.tolist(), strict=True):
-                surplus = float(row[:length].sum()) - each * length - rate * draft_ms / len(states)
-                self._turns.setdefault(state.request_id, _Turn()).note(surplus)
+                surplus = float(row[:length].sum()) - each * length - price
+                lost = max(0.0, 1 - float(row.sum()) / price)  # who nearly pays is asked again soon
+                turn = self._turns.setdefault(state.request_id, _Turn())
+                turn.note(surplus, max(1, round(_REST_FOR_TRIAL * trial_steps * lost)))
             likely = (reach >= _LIKELY).sum(axis=1)
-            is_trial = np.array([state.request_id in self._trials for state in states])
             lengths = np.where(is_trial, np.maximum(lengths, likely), lengths)
         return [int(length) for length in lengths]
 
     def observe(self, events: Sequence[StepEvent]) -> None:
         if not events:
             return
+        hidden = events[0].output.hidden
         trace = events[0].trace  # times are of the whole step
         tokens = sum(len(event.tree) for event in events)
         context = float(np.mean([event.trace.position for event in events]))
+        if hidden is not None and len(hidden) > tokens:  # a prompt's tokens were beside them
+            return
         share = _TRIAL_SHARE if self._num_drafting and self._trials else 0.0
         target_ms = trace.target_ms + trace.verify_ms + trace.commit_ms
         self._target.observe(tokens, context, len(events), target_ms, share=share)
         num_drafting = max(self._num_drafting, sum(event.tree.num_draft_tokens > 0 for event in events))
-        if num_drafting:
+        if num_drafting and not self._reads_prompts:
             self._draft.observe(num_drafting, context, 1, trace.draft_ms, share=share)
 
     def stop(self, request_ids: Sequence[str]) -> None:

@@ -100,6 +100,8 @@ class DiffusionDrafter:
         trees = [DraftTree.root_only(int(state.token_ids[-1])) for state in states]
         wanted = [budget * may for budget, may in zip(budgets, self.rule.may_draft(states), strict=True)]
         served = self._scorer.read(states, wanted)
+        if not served:
+            return trees
         rows = self._scorer.guess([states[row] for row in served])
         served = served[: len(rows)]
         if served:

@@ -27,14 +27,25 @@ ReadRows: TypeAlias = Callable[[Sequence[Growth], Tensor], Any]
 
 @dataclass(slots=True, eq=False)
 class _Unread:
-    """The target's states at a stretch of tokens that the head has not read yet."""
+    """The target's states at a stretch of tokens that the head has not read yet.
+
+    They are put together when they are read: a request that rests for many steps gets a piece in each of them.
+    """
 
     start: int  # position of the first
-    states: Tensor  # [n, layers * E]
+    end: int
+    pieces: list[Tensor]  # [n, layers * E], end - start rows in all
 
-    @property
-    def end(self) -> int:
-        return self.start + len(self.states)
+    def first(self, count: int) -> Tensor:
+        """The first ``count`` states."""
+        if len(self.pieces) > 1:
+            self.pieces = [torch.cat(self.pieces)]
+        return self.pieces[0][:count]
+
+    def drop(self, count: int) -> None:
+        """Forget the first ``count`` states, which ``first`` has given."""
+        self.start += count
+        self.pieces = [self.pieces[0][count:]]
 
 
 class StateReader:
@@ -74,16 +85,15 @@ class StateReader:
                 stop = min(unread.start + PIECE, unread.end)
                 token_ids = states[index].token_ids[unread.start + 1 : stop + 1].copy()
                 growths.append(chain_growth(states[index].request_id, token_ids))
-                pieces.append(unread.states[: stop - unread.start])
+                pieces.append(unread.first(stop - unread.start))
             if not self._cache.reserve(growths):
                 break
             results = read_rows(growths, torch.cat(pieces))
             self._cache.keep({growth.request_id: len(growth.token_ids) for growth in growths})
             ends = np.cumsum([len(growth.token_ids) for growth in growths]) - 1
             for end, growth, (index, unread) in zip(ends.tolist(), growths, list(rest.items()), strict=True):
-                unread.start += len(growth.token_ids)
-                unread.states = unread.states[len(growth.token_ids) :]
-                if len(unread.states) == 0:
+                unread.drop(len(growth.token_ids))
+                if unread.start == unread.end:
                     last[index] = results[end]
                     del rest[index], self._unread[growth.request_id]
         return last
@@ -97,18 +107,18 @@ class StateReader:
     def _take(self, state: RequestState) -> None:
         if state.hidden is None:
             return
-        new = _Unread(state.num_cached - len(state.hidden), state.hidden.of(self._layers))
+        start, end = state.num_cached - len(state.hidden), state.num_cached
         unread = self._unread.get(state.request_id)
         wanted = unread.end if unread else self._cache.num_read(state.request_id)
-        if new.start > wanted:  # a stretch is missing
+        if start > wanted:  # a stretch is missing
             self.release([state.request_id])
-            return
-        fresh = new.states[wanted - new.start :]  # after a preemption the target reads old tokens again
-        if unread:
-            unread.states = torch.cat((unread.states, fresh))
-        else:
-            self._unread[state.request_id] = _Unread(wanted, fresh)
+        elif end > wanted:  # after a preemption the target reads old tokens again
+            if unread is None:
+                unread = self._unread[state.request_id] = _Unread(wanted, wanted, [])
+            states = state.hidden.of(self._layers)
+            unread.pieces.append(states[wanted - start :] if wanted > start else states)
+            unread.end = end
 
     def _is_ready(self, state: RequestState) -> bool:
         unread = self._unread.get(state.request_id)
-        return unread is not None and unread.end == state.num_tokens - 1 and len(unread.states) > 0
+        return unread is not None and unread.end == state.num_tokens - 1

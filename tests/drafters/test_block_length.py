@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from specdec.build import build_engine
 from specdec.cost_model import TOKENS, CostTable
@@ -18,7 +19,17 @@ from specdec.drafters.diffusion import DiffusionDrafter
 from specdec.drafters.diffusion_files import read_diffusion_files
 from specdec.drafters.diffusion_loading import build_diffusion_head, length_rule
 from specdec.errors import ConfigError, UnsupportedError
-from specdec.types import DraftTree, Request, RequestState, SamplingParams, StepEvent, StepTrace, VerifyResult
+from specdec.readings import HiddenStates
+from specdec.types import (
+    DraftTree,
+    Request,
+    RequestState,
+    SamplingParams,
+    StepEvent,
+    StepTrace,
+    TargetOutput,
+    VerifyResult,
+)
 from tests.drafters.diffusion_checkpoints import write
 from tests.drafters.drafting import run
 from tests.drafters.eagle_checkpoints import VOCAB_SIZE, eagle_target
@@ -88,7 +99,7 @@ def test_under_match_no_rule_changes_the_text(target: Any, head: Any, plain: Any
     assert [state.output_ids.tolist() for state in states] == texts
     lengths = {tree.num_draft_tokens for _, tree in watch.seen}
     assert max(lengths) > 0
-    assert len(lengths) > 2 or name in ("fixed", "ema")  # it really varies
+    assert len(lengths) > 2 or name in ("fixed", "ema", "throughput, resting")  # it really varies
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if rule_of(name).anticipates])
@@ -132,12 +143,17 @@ def test_whether_a_token_is_sent_depends_on_it_or_later_ones_only_where_the_rule
     assert bool(broken) == rule_of(name).anticipates
 
 
-def observe(rule: Any, state: RequestState, tokens: int, ms: float, accepted: int = 0, times: int = 20) -> None:
+def observe(
+    rule: Any, state: RequestState, tokens: int, ms: float, accepted: int = 0, times: int = 20, prompt: int = 0
+) -> None:
+    """Steps of one request, beside ``prompt`` tokens of a prompt."""
+    hidden = HiddenStates((0,), torch.empty(tokens + prompt, 1))
+    output = TargetOutput(torch.empty(tokens, 1), np.array([0, tokens], dtype=np.int32), hidden)
     tree = DraftTree.chain(0, list(range(1, tokens)))
     trace = StepTrace("r", 1, state.num_tokens, tokens - 1, accepted, accepted + 1, 1, 0.5, ms, 0.0, 0.0)
     ids = np.arange(accepted, dtype=np.int32)
     for _ in range(times):
-        rule.observe([StepEvent(state, tree, VerifyResult(ids, ids, 0), None, 0, ids, trace)])  # type: ignore[arg-type]
+        rule.observe([StepEvent(state, tree, VerifyResult(ids, ids, 0), output, 0, ids, trace)])
 
 
 def know(rule: ThroughputLength, ms: Callable[[int], float]) -> None:
@@ -179,6 +195,8 @@ def test_throughput_sends_what_is_worth_its_time_over_all_requests() -> None:
     state = RequestState(Request("r", PROMPTS[0], SamplingParams()))
     rule = ThroughputLength()
     assert lengths(rule, [[0.1, 0.1, 0.1]]) == [3]  # no time known yet
+    observe(rule, state, 3, 9.0, prompt=50)
+    assert not rule._target.is_measured
     observe(rule, state, 3, 2.0)
     assert rule._draft.at(1, state.num_tokens, 1) == pytest.approx(0.5, rel=0.01)
     assert rule._target.at(3, state.num_tokens, 1) == pytest.approx(2.0, rel=0.01)
@@ -209,6 +227,36 @@ def test_a_request_whose_guesses_do_not_pay_rests_and_is_asked_again() -> None:
     assert asked["sure"] == 60
     assert 2 <= asked["unsure"] <= 30
     assert ThroughputLength().may_draft(states) == [True, True]
+
+
+@pytest.mark.parametrize(("draft_ms", "asked"), [(0.05, [0, 2, 5, 10, 19, 36, 69]), (2.0, [0, 17, 50, 83])])
+def test_the_dearer_a_guess_in_vain_the_longer_the_first_rest(draft_ms: float, asked: list[int]) -> None:
+    rule, found = ThroughputLength(rest=1), list[int]()
+    know(rule, lambda tokens: 1.0 + 0.01 * tokens)
+    rule._draft = CostTable(np.full((8, 5, len(TOKENS)), draft_ms))
+    state = RequestState(Request("r0", PROMPTS[0], SamplingParams()))
+    for step in range(100):
+        if rule.may_draft([state])[0]:
+            found.append(step)
+            lengths(rule, [[0.01, 0.1, 0.1]])
+    assert found == asked
+
+
+def test_a_pass_for_trials_alone_tries_all_that_have_half_of_their_rest_behind_them() -> None:
+    """Two requests, one of which came a step later, are tried together from then on: a pass for both costs less."""
+    rule, passes = ThroughputLength(rest=1), list[list[str]]()
+    know(rule, lambda tokens: 1.0 + 0.01 * tokens)
+    states = [RequestState(Request(name, PROMPTS[0], SamplingParams())) for name in ("r0", "r1")]
+    for step in range(60):
+        live = states[: 1 + (step > 0)]
+        drafting = [state for state, may in zip(live, rule.may_draft(live), strict=True) if may]
+        if drafting:
+            passes.append([state.request_id for state in drafting])
+            given = np.full((len(drafting), 3), 0.1)
+            rule.lengths(drafting, chains_of(given, given, given > 0, np.ones_like(given)), given)
+    assert passes[:2] == [["r0"], ["r1"]]
+    assert len(passes) > 2
+    assert all(both == ["r0", "r1"] for both in passes[2:])
 
 
 def test_a_size_that_was_slow_once_is_measured_again() -> None:

@@ -34,9 +34,10 @@ _TRIALS = 24  # steps that a source is always asked at first
 _FIRST_CALLS = 8
 _OUTLIER = 4.0  # a call that took so many times what was expected was disturbed, and counts as this much
 _MAX_PAUSE = 256  # steps
+_SHORT_PAUSE = 16  # of a cheap source: if all rest, nothing is drafted
 # Sources leave out nodes that are worth less than this share of what verifying one costs: what nobody would verify only
 # spoils the calibration. No source sees far below the second number.
-_HOPELESS, _LEAST_VALUE = 0.5, 0.005
+_HOPELESS, _LEAST_VALUE, _MOST_VALUE = 0.5, 0.005, 0.5
 _COSTLY = 0.1  # tokens: a source that costs less per request is asked before it is known what the others say
 
 
@@ -55,15 +56,11 @@ class _Source:
     is_asked: bool = False  # in this step
     resting: int = 0  # steps until it is tried again
     pause: int = 1
-    _min_value: float = field(init=False)  # its own rule
-
-    def __post_init__(self) -> None:
-        self._min_value = self.drafter.min_value if isinstance(self.drafter, PrunesDrafts) else 0.0
 
     def prune(self, price: float) -> None:
-        """Let the drafter see smaller chances than it would where verifying a node costs few tokens."""
+        """Let the drafter look as far as verifying a node may pay: for small chances where it costs few tokens."""
         if price > 0 and isinstance(self.drafter, PrunesDrafts):
-            self.drafter.min_value = min(self._min_value, max(_HOPELESS * price, _LEAST_VALUE))
+            self.drafter.min_value = min(max(_HOPELESS * price, _LEAST_VALUE), _MOST_VALUE)
 
     def note_time(self, num_requests: int, ms: float) -> None:
         """One call took ``ms``; the share per request is told from calls of different sizes."""
@@ -231,7 +228,7 @@ class FusedDrafter:
         if source.resting > 0:
             source.resting -= 1
             return []
-        source.pause = min(2 * source.pause, _MAX_PAUSE)
+        source.pause = min(2 * source.pause, _MAX_PAUSE if self._is_costly(source) else _SHORT_PAUSE)
         source.resting = source.pause
         return list(rows)
 

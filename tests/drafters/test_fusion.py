@@ -161,6 +161,27 @@ def test_a_source_that_adds_much_but_seldom_is_not_given_up_in_a_lull() -> None:
     assert num_asked < 4500
 
 
+@pytest.mark.parametrize(("price", "least"), [(0.0, 0.05), (0.001, 0.005), (0.2, 0.1), (5.0, 0.5)])
+def test_sources_look_as_deep_as_verifying_is_cheap(price: float, least: float) -> None:
+    costs, source = CostModel(), NgramDrafter(min_value=0.05)
+    costs.tokens_per_node = price
+    outputs(FusedDrafter([("ngram", source)], costs=costs), FixedController(4))
+    assert source.min_value == pytest.approx(least)
+
+
+def test_a_cheap_source_is_soon_tried_again() -> None:
+    costs = CostModel()
+    costs.tokens_per_ms = 0.5
+    drafter = FusedDrafter([("a", NgramDrafter())], costs=costs)
+    source = drafter._sources[0]
+    source.num_calls, source.ms_each, source.gains = 100, 0.1, [0.0] * 4
+    asked = [step for step in range(2000) if drafter._worth_asking(source, [0], [0])]
+    assert np.diff(asked).max() == 17
+    source.ms_each = 10.0
+    asked = [step for step in range(4000) if drafter._worth_asking(source, [0], [0])]
+    assert np.diff(asked).max() == 257
+
+
 def test_a_liar_costs_at_most_3_percent_after_50_steps() -> None:
     """Time as the tables have it: a step of T tokens takes 20 + T ms, so a wrong draft of 8 costs two fifths more."""
     from tests.test_step_budget import costs_of

@@ -62,6 +62,7 @@ __all__ = [
     "main",
     "ratio",
     "report",
+    "shortened",
     "take_calls",
     "use_clock",
 ]
@@ -113,11 +114,11 @@ def batch_size(concurrency: int) -> int:
     return 1 if concurrency == 1 else max(2 * concurrency, 12)
 
 
-def build_arms(names: Sequence[str], model: Any, stores: Path, concurrency: int) -> list[EngineArm]:
-    """One for each name; see ``ArmName``."""
+def build_arms(names: Sequence[str], model: Any, stores: Path, concurrency: int, longest: int) -> list[EngineArm]:
+    """One for each name; see ``ArmName``. Requests have at most ``longest`` tokens."""
     arms = []
     route = choose_route(model, max_length=model_max_length(model))  # once: it is the same for all
-    make = partial(build_engine, model, route=route, kv_tokens=concurrency * 1400, costs="measure")
+    make = partial(build_engine, model, route=route, kv_tokens=concurrency * (longest + 128), costs="measure")
     for name in names:
         told = ArmName.of(name)
         guesser = "none" if told.base == "plain" else partial(make_drafter, told.base, stores, form=told.form)
@@ -199,7 +200,8 @@ def measure_group(
     clock: TurnClock,
 ) -> dict[str, Any]:  # fmt: skip
     """One group of sources at one number of requests at a time."""
-    arms = build_arms(names, model, stores, concurrency)
+    longest = max(len(item.prompt_ids) + len(item.response_ids) for item in items)
+    arms = build_arms(names, model, stores, concurrency, longest)
     served = [(item.prompt_ids, item.response_ids) for item in items[-_PAPER_CALLS:]]
     items = items[:-_PAPER_CALLS]
     num_warm = max(concurrency, 3)
@@ -239,7 +241,7 @@ def take_calls(
     return mixed
 
 
-def _shortened(item: WorkItem) -> WorkItem:
+def shortened(item: WorkItem) -> WorkItem:
     """With a quarter of the prompt: many at a time would spend the benchmark reading."""
     return replace(item, prompt_ids=item.prompt_ids[-len(item.prompt_ids) // 4 :])
 
@@ -299,7 +301,7 @@ def main() -> None:
         result["agents"] = []
         for number in map(int, options.agent_concurrency.split(",")):
             names = ["plain", "fused", *(options.alone if number == 1 else options.together).split(",")]
-            mine = items if number == 1 else [_shortened(item) for item in items]
+            mine = items if number == 1 else [shortened(item) for item in items]
             result["agents"].append(
                 measure_group(model, mine, options.stores / "agents", names, number, options.seconds, clock)
             )

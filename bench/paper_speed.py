@@ -23,6 +23,7 @@ from specdec.bench.adaptive_speed import (
     decode_seconds,
     ratio,
     report,
+    shortened,
     take_calls,
     use_clock,
 )
@@ -182,14 +183,19 @@ def main() -> None:
     parser.add_argument("--agent-concurrency", default="1,16")
     parser.add_argument("--concurrency", default="1,2,4,8,16,32", help="of the controls")
     parser.add_argument("--stores", type=Path, required=True, help="as adaptive_speed --prepare made them")
-    parser.add_argument("--costs", type=Path, help="a measured cost table; without: a line of 10 ms + 0.6 ms a token")
+    parser.add_argument(
+        "--costs", type=Path, help="a measured cost table; without: a line of 10 ms up to --free tokens,"
+    )
+    parser.add_argument("--free", type=int, default=4, help="as many as four, as on a CPU; 64 as on a large GPU,")
+    parser.add_argument("--token-ms", type=float, default=0.6, help="and so much more for each further one")
     parser.add_argument("--learn", action="store_true", help="the controller begins without the table")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     words = transformers.AutoTokenizer.from_pretrained(options.tokenizer)
     clock = PaperClock()
     use_clock(clock)
-    costs = CostModel.load(options.costs) if options.costs else CostModel({"target": line_of(10.0, 0.6, free=4)})
+    line = line_of(10.0, options.token_ms, free=options.free)
+    costs = CostModel.load(options.costs) if options.costs else CostModel({"target": line})
     make = partial(paper_engine, vocab_size=len(words) + 128, costs=costs, clock=clock, is_known=not options.learn)
     result: dict[str, Any] = {"step_ms": {str(n): costs.step_ms(n, 512, 1) for n in (1, 2, 4, 8, 16, 32, 64)}}
     groups = (
@@ -203,7 +209,9 @@ def main() -> None:
         result[group] = []
         for number in map(int, numbers.split(",")):
             singles = () if group != "agents" else ALONE if number == 1 else TOGETHER
-            mine = items if group == "agents" else items[: max(4 * number, 16)]
+            mine = items if number == 1 else [shortened(item) for item in items]
+            if group == "controls":
+                mine = items[: max(4 * number, 16)]
             result[group].append(
                 run_paper(mine, ["plain", "fused", *singles], number, options.stores / group, make, clock)
             )

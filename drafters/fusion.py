@@ -56,11 +56,15 @@ class _Source:
     is_asked: bool = False  # in this step
     resting: int = 0  # steps until it is tried again
     pause: int = 1
+    pruning: PrunesDrafts | None = field(init=False)  # the drafter, if it can be told how far to look
+
+    def __post_init__(self) -> None:
+        self.pruning = self.drafter if isinstance(self.drafter, PrunesDrafts) else None
 
     def prune(self, price: float) -> None:
         """Let the drafter look as far as verifying a node may pay: for small chances where it costs few tokens."""
-        if price > 0 and isinstance(self.drafter, PrunesDrafts):
-            self.drafter.min_value = min(max(_HOPELESS * price, _LEAST_VALUE), _MOST_VALUE)
+        if price > 0 and self.pruning is not None:
+            self.pruning.min_value = min(max(_HOPELESS * price, _LEAST_VALUE), _MOST_VALUE)
 
     def note_time(self, num_requests: int, ms: float) -> None:
         """One call took ``ms``; the share per request is told from calls of different sizes."""

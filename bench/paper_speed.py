@@ -43,11 +43,13 @@ __all__ = ["PaperClock", "PricedDrafter", "PricedTarget", "main", "paper_engine"
 
 # Sizes that may be the best: large ones where requests run alone, small ones where many share a step. Chains (@), trees
 # (=), and most nodes of drafters that stop by rules of their own (~).
-ALONE = ("suffix@3", "suffix@4", "suffix@6", "suffix@8", "ppm@3", "ppm@4", "ppm@6", "ppm@8", "ngram@4", "ngram@8",
-         "suffix=4", "suffix=8", "ppm=4", "ppm=8", "ppm=16", "lookahead=4", "lookahead=8", "suffix~4", "suffix~8",
-         "suffix~16", "ppm~4", "ppm~8")  # fmt: skip
-TOGETHER = ("suffix@1", "suffix@2", "suffix@3", "ppm@1", "ppm@2", "ppm@3", "ngram@2", "suffix=2", "ppm=2", "ppm=3",
-            "lookahead=2", "suffix~1", "suffix~2", "ppm~2")  # fmt: skip
+ALONE = (
+    "suffix@3,suffix@4,suffix@6,suffix@8,ppm@3,ppm@4,ppm@6,ppm@8,ngram@4,ngram@8,suffix=4,suffix=8,ppm=4,ppm=8,ppm=16,"
+    "lookahead=4,lookahead=8,suffix~4,suffix~8,suffix~16,ppm~4,ppm~8"
+)
+TOGETHER = (
+    "suffix@1,suffix@2,suffix@3,ppm@1,ppm@2,ppm@3,ngram@2,suffix=2,ppm=2,ppm=3,lookahead=2,suffix~1,suffix~2,ppm~2"
+)
 # Milliseconds of a call and of each of its requests, on one core.
 PRICES = {"suffix": (0.05, 0.12), "lookahead": (0.02, 0.06), "ngram": (0.02, 0.02), "ppm": (0.05, 0.12)}
 
@@ -182,6 +184,8 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=80)
     parser.add_argument("--agent-concurrency", default="1,16")
     parser.add_argument("--concurrency", default="1,2,4,8,16,32", help="of the controls")
+    parser.add_argument("--alone", default=ALONE, help="single drafters that agents' calls alone are timed by")
+    parser.add_argument("--together", default=TOGETHER, help="and several at a time")
     parser.add_argument("--stores", type=Path, required=True, help="as adaptive_speed --prepare made them")
     parser.add_argument(
         "--costs", type=Path, help="a measured cost table; without: a line of 10 ms up to --free tokens,"
@@ -208,13 +212,13 @@ def main() -> None:
         items = take_calls(paths, words, calls=calls, prompt=options.prompt, response=options.response, half=1)
         result[group] = []
         for number in map(int, numbers.split(",")):
-            singles = () if group != "agents" else ALONE if number == 1 else TOGETHER
+            names = ["plain", "fused"]
+            if group == "agents":
+                names += (options.alone if number == 1 else options.together).split(",")
             mine = items if number == 1 else [shortened(item) for item in items]
             if group == "controls":
                 mine = items[: max(4 * number, 16)]
-            result[group].append(
-                run_paper(mine, ["plain", "fused", *singles], number, options.stores / group, make, clock)
-            )
+            result[group].append(run_paper(mine, names, number, options.stores / group, make, clock))
             report(result[group][-1])
     if options.json:
         write_json(options.json, result)

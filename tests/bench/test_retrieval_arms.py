@@ -43,6 +43,6 @@ def test_a_fixed_length_is_a_chain_of_it_and_a_fixed_size_has_second_guesses(tmp
     for base in ("suffix", "ppm"):
         assert draft(f"{base}@4", tmp_path / "s").parents.tolist() == [-1, 0, 1, 2, 3]
         assert len(draft(f"{base}=6", tmp_path / "s")) == 7
-    assert len(set(draft("ppm=12", tmp_path / "s").parents.tolist())) < 13  # somewhere a node has two children
+    assert (draft("ppm=40", tmp_path / "s").parents == 0).sum() > 1
     with pytest.raises(ConfigError, match="lookahead has trees only: write lookahead=N"):
         draft("lookahead@4", tmp_path / "s")

@@ -377,6 +377,7 @@ _TABLES: Mapping[str, Callable[[Path], str]] = {
     "draft_profile": _of_drafters("draft_profile", draft_profile_table),
     "draft_profile_one_thread": _of_drafters("draft_profile_one_thread", draft_profile_table),
     "diffusion_lengths": _of_drafters("diffusion_drafting", diffusion_lengths_table),
+    "diffusion_lengths_equal_time": _of_drafters("diffusion_equal_time", diffusion_lengths_table),
     "diffusion_calibration": _of_drafters("diffusion_drafting", calibration_table),
     "diffusion_speed": _of_drafters("diffusion_speed", diffusion_speed_table),
     "diffusion_speed_batch": _of_drafters("diffusion_speed_batch", diffusion_speed_table),

@@ -37,6 +37,7 @@ class _Turn:
     worth: float = 0.0  # tokens above the price of a guess, of its recent blocks
     rest: int = 0
     left: int = 0  # steps
+    is_new: bool = True  # no block was guessed yet
 
     def comes(self) -> bool:
         self.left -= 1
@@ -90,11 +91,10 @@ class ThroughputLength:
         self._reads_prompts = False
 
     def may_draft(self, states: Sequence[RequestState]) -> list[bool]:
-        self._num_requests, self._num_drafting = len(states), 0
-        self._reads_prompts = any(state.request_id not in self._turns for state in states)
-        turns = [self._turns.setdefault(state.request_id, _Turn()) for state in states]
+        self._num_requests, self._num_drafting, self._reads_prompts = len(states), 0, False
         if not self._rests:
             return [True] * len(states)
+        turns = [self._turns.setdefault(state.request_id, _Turn()) for state in states]
         may = [turn.comes() for turn in turns]
         if any(may) and not any(turn.worth > 0 for turn in turns):
             may = [comes or turn.is_near for comes, turn in zip(may, turns, strict=True)]
@@ -104,6 +104,10 @@ class ThroughputLength:
 
     def lengths(self, states: Sequence[RequestState], chains: Chains, chances: Chances) -> list[int]:
         self._num_drafting, whole = chances.shape
+        for state in states:
+            turn = self._turns.setdefault(state.request_id, _Turn())
+            self._reads_prompts |= turn.is_new  # the head has read the whole text before its first block
+            turn.is_new = False
         if not self._draft.is_measured:
             return [whole] * len(states)
         reach = chances.cumprod(axis=1)  # [R, K]
@@ -120,19 +124,48 @@ class ThroughputLength:
             count = int(worse[0]) if len(worse) else len(order)
         lengths = np.bincount(order[:count] // whole, minlength=len(states))
         if self._rests:
-            is_trial = np.array([state.request_id in self._trials for state in states])
             rate = max(float(rates[count]), num_requests / float(target_ms[0]))
             each = rate * float(target_ms[count] - target_ms[0]) / max(count, 1)
-            trial_steps = float(is_trial.mean()) * draft_ms / float(target_ms[0])
-            price = rate * draft_ms / len(states)
-            for state, row, length in zip(states, reach, lengths.tolist(), strict=True):
-                surplus = float(row[:length].sum()) - each * length - price
-                lost = max(0.0, 1 - float(row.sum()) / price)  # who nearly pays is asked again soon
-                turn = self._turns.setdefault(state.request_id, _Turn())
-                turn.note(surplus, max(1, round(_REST_FOR_TRIAL * trial_steps * lost)))
+            is_trial = [state.request_id in self._trials for state in states]
+            worth = [float(row[:length].sum()) - each * length for row, length in zip(reach, lengths, strict=True)]
+            self._note_turns(states, is_trial, worth, reach.sum(axis=1), rate, context, float(target_ms[0]))
             likely = (reach >= _LIKELY).sum(axis=1)
             lengths = np.where(is_trial, np.maximum(lengths, likely), lengths)
         return [int(length) for length in lengths]
+
+    def _note_turns(
+        self,
+        states: Sequence[RequestState],
+        is_trial: Sequence[bool],
+        worth: Sequence[float],
+        expected: Sequence[float],
+        rate: float,
+        context: float,
+        step_ms: float,
+    ) -> None:
+        """Who goes on drafting, and how long the others rest.
+
+        Args:
+            states: R requests that a block was guessed for.
+            is_trial: [R], after a rest or for the first time.
+            worth: [R], tokens that what is sent is expected to bring, less those that its verification costs.
+            expected: [R], tokens of the whole block that are expected to be accepted.
+            rate: tokens per millisecond that are to be had.
+            context: mean tokens of a request.
+            step_ms: of the target without drafts.
+        """
+        num_trials = sum(is_trial)
+        num_paying = len(states) - num_trials
+        draft_ms = self._draft.at(len(states), context, 1)
+        trial_price = rate * draft_ms / len(states)
+        # A pass that would not be made without them is paid for by those who draft in every step.
+        paying_price = rate * self._draft.at(num_paying, context, 1) / num_paying if num_paying else 0.0
+        trial_steps = num_trials / len(states) * draft_ms / step_ms
+        for state, on_trial, brings, tokens in zip(states, is_trial, worth, expected, strict=True):
+            price = trial_price if on_trial else paying_price
+            lost = max(0.0, 1 - tokens / price)  # who nearly pays is asked again soon
+            turn = self._turns[state.request_id]
+            turn.note(brings - price, max(1, round(_REST_FOR_TRIAL * trial_steps * lost)))
 
     def observe(self, events: Sequence[StepEvent]) -> None:
         if not events:

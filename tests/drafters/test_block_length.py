@@ -197,6 +197,7 @@ def test_throughput_sends_what_is_worth_its_time_over_all_requests() -> None:
     assert lengths(rule, [[0.1, 0.1, 0.1]]) == [3]  # no time known yet
     observe(rule, state, 3, 9.0, prompt=50)
     assert not rule._target.is_measured
+    rule.may_draft([state])
     observe(rule, state, 3, 2.0)
     assert rule._draft.at(1, state.num_tokens, 1) == pytest.approx(0.5, rel=0.01)
     assert rule._target.at(3, state.num_tokens, 1) == pytest.approx(2.0, rel=0.01)
@@ -240,6 +241,17 @@ def test_the_dearer_a_guess_in_vain_the_longer_the_first_rest(draft_ms: float, a
             found.append(step)
             lengths(rule, [[0.01, 0.1, 0.1]])
     assert found == asked
+
+
+def test_the_pass_that_reads_a_prompt_teaches_no_time() -> None:
+    state = RequestState(Request("r0", PROMPTS[0], SamplingParams()))
+    rule = ThroughputLength(rest=1)
+    for step in range(3):
+        rule.may_draft([state])
+        if step:  # in the first one the target has shown no states yet
+            lengths(rule, [[0.9, 0.9, 0.9]])
+        observe(rule, state, 3 if step else 1, 2.0, times=1)
+        assert rule._draft.is_measured == (step == 2)
 
 
 def test_a_pass_for_trials_alone_tries_all_that_have_half_of_their_rest_behind_them() -> None:

@@ -74,7 +74,7 @@ def measure(
     """Acceptance length and tokens per second of every arm, and its speed over plain decoding, round by round."""
     sampling = SamplingParams(max_new_tokens=num_new)
     engines = {
-        name: build_engine(model, drafter, tokenizer=tokenizer, budget=16, max_batch_size=batch)
+        name: build_engine(model, drafter, tokenizer=tokenizer, budget=16, max_batch_size=batch, overlap="off")
         for name, drafter in arms.items()
     }
     counts: dict[str, tuple[int, int, int]] = {}

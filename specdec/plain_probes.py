@@ -24,9 +24,15 @@ class _Bucket:
 
 
 class PlainProbes:
-    """Counts steps by batch size and context, both to the nearest power of two."""
+    """Counts steps by batch size and context, both to the nearest power of two.
 
-    def __init__(self) -> None:
+    Args:
+        max_wait: most steps between two probes.
+        least_share: of a probe's time in what is known, once many were seen.
+    """
+
+    def __init__(self, *, max_wait: int = _MAX_WAIT, least_share: float = _LEAST_SHARE) -> None:
+        self._max_wait, self._least_share = max_wait, least_share
         self._buckets: dict[tuple[int, int], _Bucket] = {}
 
     def _bucket(self, num_requests: int, context: float) -> _Bucket:
@@ -44,6 +50,6 @@ class PlainProbes:
         bucket = self._bucket(num_requests, context)
         bucket.num_seen += 1
         if bucket.waited > bucket.wait:
-            bucket.wait = min(2 * bucket.wait, _MAX_WAIT)
+            bucket.wait = min(2 * bucket.wait, self._max_wait)
         bucket.waited = 0
-        return max(_LEAST_SHARE, 1 / (bucket.num_seen + 1))
+        return max(self._least_share, 1 / (bucket.num_seen + 1))

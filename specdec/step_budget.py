@@ -35,6 +35,9 @@ _FIRST_WEIGHT = 6.0  # once there were many; at first it is plain decoding's, as
 _DEARER, _CHEAPER = 0.05, 0.5  # and in what drafting costs: what disturbs or compiles only adds time
 _FIRST_DRAFTS = 6  # steps with drafts before the price of drafting may keep anybody from it
 _FIRST_BOOKS = 64  # steps of which all times are kept
+# What a further token costs is the difference of two cells of a table, so an error of a tenth in one of them changes it
+# by half. A step that doubts it costs a few tokens where the table was right.
+_DOUBT_WAIT, _DOUBT_SHARE = 24, 0.25
 _KEEP = 8  # steps that prices of one shape are used for: a table moves slowly, and reading it takes time
 _FEW = 4  # draft tokens of a request that the price of one is told by
 _NO_NODE = 1e9  # a threshold that no value reaches
@@ -78,7 +81,9 @@ class StepBudget:
         self.floor = Floor(floor)
         self.turns = DraftTurns()
         self.probes = PlainProbes()
-        self.doubts = PlainProbes()  # the same for sizes that are thought to be dear
+        self.doubts = PlainProbes(
+            max_wait=_DOUBT_WAIT, least_share=_DOUBT_SHARE
+        )  # of sizes that are thought to be dear
         self._is_doubt = False  # this step is larger than believed best
         self.speedup = 1.0  # of the engine over plain decoding, in the recent past
         self._num_rated = _FIRST_WEIGHT

@@ -26,6 +26,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    malloc = " ".join(f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_"))
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ"),
         "command": shlex.join(["python", "-m", *_command()]),
@@ -36,7 +37,7 @@ def environment() -> dict[str, Any]:
         "gpu": gpu,
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in _PACKAGES if _installed(name)},
-    }
+    } | ({"malloc": malloc} if malloc else {})
 
 
 def interleave(

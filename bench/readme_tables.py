@@ -351,6 +351,7 @@ _TABLES: Mapping[str, Callable[[Path], str]] = {
     "adaptive_agents": _of_drafters("adaptive_agents", adaptive_speed_table),
     "adaptive_controls": _of_drafters("adaptive_controls", adaptive_speed_table),
     "adaptive_paper": _of_drafters("adaptive_paper", adaptive_speed_table),
+    "adaptive_paper_flat": _of_drafters("adaptive_paper_flat", adaptive_speed_table),
     "adaptive_reliability": _of_drafters("adaptive_agents", reliability_table),
     "load_azure": _of_drafters("load_azure", load_simulation_table),
     "load_mooncake": _of_drafters("load_mooncake", load_simulation_table),

@@ -138,7 +138,8 @@ class StepBudget:
             self._curve = beside[0] + np.maximum(beside - beside[0], alone - alone[0])
         few = min(_FEW, most) * self._requests
         each = (self._curve[1 : few + 1] - self._curve[0]) / np.arange(1, few + 1)
-        self._node_ms, self._bulk_ms = (float(each[-1]), float(each.min())) if few else (0.0, 0.0)
+        # At least one each: the price of the first few alone is the difference of two neighbouring cells, mostly noise.
+        self._node_ms, self._bulk_ms = (float(each[-1]), float(each[self._requests - 1 :].min())) if few else (0.0, 0.0)
         self._attainable = attainable_speedups(self._node_ms * self._requests / max(self._plain_ms, 1e-9))
 
     def worths(self, parents: IntArray, values: FloatArray) -> FloatArray:

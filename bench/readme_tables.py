@@ -346,15 +346,12 @@ def _in_minutes(requests: list[list[Any]], start: int, end: int) -> str:
     return f"{sum(row[1] for row in some) / sum(row[2] for row in some):.2f}" if some else "–"
 
 
+_ADAPTIVE = ("adaptive_agents", "adaptive_controls", "adaptive_paper", "adaptive_paper_flat")
 _TABLES: Mapping[str, Callable[[Path], str]] = {
     "capture_overhead": _capture_overhead,
-    "adaptive_agents": _of_drafters("adaptive_agents", adaptive_speed_table),
-    "adaptive_controls": _of_drafters("adaptive_controls", adaptive_speed_table),
-    "adaptive_paper": _of_drafters("adaptive_paper", adaptive_speed_table),
-    "adaptive_paper_flat": _of_drafters("adaptive_paper_flat", adaptive_speed_table),
+    **{name: _of_drafters(name, adaptive_speed_table) for name in _ADAPTIVE},
+    **{name: _of_drafters(name, load_simulation_table) for name in ("load_ablation", "load_azure", "load_mooncake")},
     "adaptive_reliability": _of_drafters("adaptive_agents", reliability_table),
-    "load_azure": _of_drafters("load_azure", load_simulation_table),
-    "load_mooncake": _of_drafters("load_mooncake", load_simulation_table),
     "load_floor": _of_drafters("load_floor", load_floor_table),
     "load_validation": _of_drafters("load_validation", load_validation_table),
     "overlap_speed": _of_drafters("overlap_speed", overlap_speed_table),

@@ -187,11 +187,9 @@ def main() -> None:
     parser.add_argument("--alone", default=ALONE, help="single drafters that agents' calls alone are timed by")
     parser.add_argument("--together", default=TOGETHER, help="and several at a time")
     parser.add_argument("--stores", type=Path, required=True, help="as adaptive_speed --prepare made them")
-    parser.add_argument(
-        "--costs", type=Path, help="a measured cost table; without: a line of 10 ms up to --free tokens,"
-    )
-    parser.add_argument("--free", type=int, default=4, help="as many as four, as on a CPU; 64 as on a large GPU,")
-    parser.add_argument("--token-ms", type=float, default=0.6, help="and so much more for each further one")
+    parser.add_argument("--costs", type=Path, help="a measured cost table; without: 10 ms a step, and the next two")
+    parser.add_argument("--free", type=int, default=4, help="tokens that a step takes at no further cost")
+    parser.add_argument("--token-ms", type=float, default=0.6, help="milliseconds of each token above these")
     parser.add_argument("--learn", action="store_true", help="the controller begins without the table")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -215,9 +213,10 @@ def main() -> None:
             names = ["plain", "fused"]
             if group == "agents":
                 names += (options.alone if number == 1 else options.together).split(",")
-            mine = items if number == 1 else [shortened(item) for item in items]
             if group == "controls":
                 mine = items[: max(4 * number, 16)]
+            else:
+                mine = items if number == 1 else [shortened(item) for item in items]
             result[group].append(run_paper(mine, names, number, options.stores / group, make, clock))
             report(result[group][-1])
     if options.json:

@@ -70,7 +70,10 @@ class Drafter(Protocol):
 
 @runtime_checkable
 class PrunesDrafts(Protocol):
-    """A drafter that leaves out nodes that it believes in too little; others may say where that begins.
+    """A drafter that leaves out nodes that it believes in too little.
+
+    A fused drafter sets where that begins, by what verifying a node costs; an option of a part holds until that is
+    known.
 
     Attributes:
         min_value: nodes whose path has a smaller chance are not drafted, in [0, 1].

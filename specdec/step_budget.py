@@ -81,9 +81,8 @@ class StepBudget:
         self.floor = Floor(floor)
         self.turns = DraftTurns()
         self.probes = PlainProbes()
-        self.doubts = PlainProbes(
-            max_wait=_DOUBT_WAIT, least_share=_DOUBT_SHARE
-        )  # of sizes that are thought to be dear
+        # The same for sizes that are thought to be dear.
+        self.doubts = PlainProbes(max_wait=_DOUBT_WAIT, least_share=_DOUBT_SHARE)
         self._is_doubt = False  # this step is larger than believed best
         self.speedup = 1.0  # of the engine over plain decoding, in the recent past
         self._num_rated = _FIRST_WEIGHT
